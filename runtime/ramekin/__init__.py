@@ -1,0 +1,42 @@
+"""Run fine-tuned T5 and FLAN-T5 models without PyTorch: one encoding, many samples.
+
+from ramekin import Engine, SamplingParams
+
+engine = Engine.load("model")
+samples = engine.generate("translate English to German: Hello.", SamplingParams(n=4, seed=7))
+"""
+
+from ramekin.engine import Completion, Engine, Token, TruncationWarning
+from ramekin.errors import (
+    CheckpointError,
+    FormatVersionError,
+    ModelFormatError,
+    ModelNotFoundError,
+    PaperError,
+    RamekinError,
+    RuntimeVersionError,
+    VerificationError,
+)
+from ramekin.paper import Paper, QAPair, build_prompt
+from ramekin.sampling import SamplingParams
+
+__all__ = [
+    "CheckpointError",
+    "Completion",
+    "Engine",
+    "FormatVersionError",
+    "ModelFormatError",
+    "ModelNotFoundError",
+    "Paper",
+    "PaperError",
+    "QAPair",
+    "RamekinError",
+    "RuntimeVersionError",
+    "SamplingParams",
+    "Token",
+    "TruncationWarning",
+    "VerificationError",
+    "build_prompt",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""`python -m ramekin` is the command `ramekin`."""
+
+from ramekin.cli import main
+
+main()

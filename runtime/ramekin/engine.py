@@ -1,0 +1,228 @@
+"""Text in, samples out: the generation loop."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ramekin.cache import Floats
+from ramekin.errors import ModelFormatError
+from ramekin.manifest import TOKENIZER, Manifest
+from ramekin.model import Model
+from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
+from ramekin.session import PROVIDERS, usable_cores
+from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
+
+FinishReason = Literal["eos", "length", "stop"]
+Source = str | Sequence[int] | npt.NDArray[np.integer]
+
+
+class TruncationWarning(UserWarning):
+    """A prompt was longer than the model's limit, and its end was cut."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a sample that goes on.
+
+    Attributes:
+        index: which sample.
+        token_id: the token.
+        logprob: its log-probability under the model.
+        text: the text that became certain with it; the texts of a sample's events add up to its completion's text.
+    """
+
+    index: int
+    token_id: int
+    logprob: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One finished sample.
+
+    Attributes:
+        index: which sample, from 0.
+        text: its text, without special tokens and without the stop string.
+        token_ids: its tokens, the eos that ended it included.
+        logprobs: for each token its log-probability under the model, before temperature and all other rules.
+        finish_reason: "eos", "length" (cut at `max_new_tokens`) or "stop".
+        seed: with this seed and the same parameters the sample can be had again.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    seed: int
+
+
+@dataclass
+class _Sample:
+    """A sample that is still running."""
+
+    index: int
+    decoder: IncrementalDecoder
+    history: list[int]
+    logprobs: list[float] = field(default_factory=list)
+    told: int = 0
+
+
+class Engine:
+    """A model folder, ready to generate."""
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, manifest: Manifest) -> None:
+        self.model, self.tokenizer, self.manifest = model, tokenizer, manifest
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        provider: str = "cpu",
+        threads: int | None = None,
+        max_source_tokens: int | None = None,
+    ) -> Engine:
+        """Open a model folder that `ramekin export` wrote.
+
+        Files up to 32 MB are checked against their SHA-256, larger ones by their size; `ramekin verify` checks all.
+
+        Args:
+            folder: the model folder.
+            provider: where to compute: "cpu".
+            threads: how many threads compute; None: the cores that this process may really use.
+            max_source_tokens: longest prompt in tokens; None: what the model's manifest says.
+
+        Raises:
+            ModelNotFoundError: there is no such folder.
+            ModelFormatError: the folder is damaged, altered or not a model.
+            RuntimeVersionError: onnxruntime is missing or of a version that is not supported.
+            ValueError: an argument is out of its range.
+        """
+        if provider not in PROVIDERS:
+            raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, not {provider!r}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        if max_source_tokens is not None and max_source_tokens < 1:
+            raise ValueError(f"max_source_tokens must be at least 1, not {max_source_tokens}")
+        folder = Path(folder)
+        manifest = Manifest.load(folder)
+        manifest.check_files(folder)
+        if max_source_tokens is not None:
+            manifest = replace(manifest, max_source_tokens=max_source_tokens)
+        tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
+        if any(i >= manifest.dims.vocab_size for i in (manifest.tokens.start, *manifest.tokens.eos)):
+            raise ModelFormatError(f"{folder}: a special token lies outside the vocabulary; export the model again")
+        return cls(Model.load(folder, manifest, provider, threads or usable_cores()), tokenizer, manifest)
+
+    def params(self, **values: Any) -> SamplingParams:
+        """Sampling parameters: these values, where not given those of the model, where it has none the usual ones."""
+        return SamplingParams(**{**SamplingParams.known(self.manifest.generation), **values})
+
+    def generate(self, source: Source, params: SamplingParams | None = None) -> list[Completion]:
+        """All samples of one prompt, by index. See `stream` for the arguments."""
+        done = [event for event in self.stream(source, params) if isinstance(event, Completion)]
+        return sorted(done, key=lambda completion: completion.index)
+
+    def stream(self, source: Source, params: SamplingParams | None = None) -> Iterator[Token | Completion]:
+        """Generate samples of one prompt, telling each token and each finished sample as it comes.
+
+        Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic.
+
+        Args:
+            source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a warning.
+            params: how to sample; None: `self.params()`.
+
+        Raises:
+            ValueError: token ids are outside the vocabulary, or there are none.
+        """
+        params = params or self.params()
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
+        draws = uniforms(seed, params.n, params.max_new_tokens)
+        cross = self.model.prefill(self.source_ids(source))
+        cache = self.model.new_cache(cross, params.n, params.max_new_tokens, params.candidates)
+        running = [_Sample(i, IncrementalDecoder(self.tokenizer), [start]) for i in range(params.n)]
+        while running:
+            logits = self.model.step([sample.history[-1] for sample in running], cache)
+            step_draws = draws[[sample.index for sample in running], cache.length - 1]
+            histories = [sample.history for sample in running]
+            chosen, logprobs = choose(logits, histories, eos, params, step_draws)
+            stay = []
+            for row, sample in enumerate(running):
+                event = _advance(sample, int(chosen[row]), float(logprobs[row]), eos, params, seed)
+                if isinstance(event, Token):
+                    stay.append(row)
+                yield event
+            if len(stay) < len(running):
+                running = [running[row] for row in cache.keep(stay)] if stay else []
+
+    def logits(self, source: Source, target_ids: Sequence[int] | npt.NDArray[np.integer]) -> Floats:
+        """Teacher-forced logits, `(target, vocab)` float32.
+
+        Row t is what the model predicts for `target_ids[t]`, having seen the start token and `target_ids[:t]`.
+        """
+        target = self._checked(target_ids)
+        cache = self.model.new_cache(self.model.prefill(self.source_ids(source)), 1, len(target), 1)
+        rows = [
+            self.model.step([token], cache).full[0].copy() for token in (self.manifest.tokens.start, *target[:-1].tolist())
+        ]
+        return np.stack(rows)
+
+    def score(self, source: Source, target: Source) -> Floats:
+        """Log-probabilities under the model of each token of `target`, teacher-forced, `(target,)` float32."""
+        ids = self._checked(self.tokenizer.encode(target) if isinstance(target, str) else target)
+        return log_probabilities(self.logits(source, ids), ids)
+
+    def source_ids(self, source: Source) -> npt.NDArray[np.int64]:
+        """The token ids of a prompt, `(source,)`, cut to `max_source_tokens` as transformers does: a text keeps its eos."""
+        ids = self._checked(self.tokenizer.encode(source) if isinstance(source, str) else source)
+        limit = self.manifest.max_source_tokens
+        if len(ids) <= limit:
+            return ids
+        warnings.warn(
+            f"the prompt has {len(ids)} tokens; its end was cut to the model's limit of {limit}",
+            TruncationWarning,
+            stacklevel=3,
+        )
+        return np.concatenate([ids[: limit - 1], ids[-1:]]) if isinstance(source, str) else ids[:limit]
+
+    def _checked(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        array = np.asarray(ids)
+        if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError("token ids must be a list of integers that is not empty")
+        if array.min() < 0 or array.max() >= self.manifest.dims.vocab_size:
+            raise ValueError(f"token ids must be from 0 to {self.manifest.dims.vocab_size - 1}")
+        return array.astype(np.int64)
+
+
+def _advance(
+    sample: _Sample, token: int, logprob: float, eos: Sequence[int], params: SamplingParams, seed: int
+) -> Token | Completion:
+    """Add a token to a sample: an event of it going on, or its completion."""
+    sample.history.append(token)
+    sample.logprobs.append(logprob)
+    ended = token in eos
+    if not ended:
+        sample.decoder.push(token)
+    full = len(sample.logprobs) >= params.max_new_tokens
+    if ended or full:
+        sample.decoder.finish()
+    text = sample.decoder.text
+    cut = first_stop(text, params.stop)
+    if cut is None and not ended and not full:
+        # What may be the beginning of a stop string is held back until it is certain.
+        certain = max(sample.told, len(text) - max((len(stop) - 1 for stop in params.stop), default=0))
+        new, sample.told = text[sample.told : certain], certain
+        return Token(sample.index, token, logprob, new)
+    reason: FinishReason = "stop" if cut is not None else "eos" if ended else "length"
+    return Completion(sample.index, text[:cut], tuple(sample.history[1:]), tuple(sample.logprobs), reason, seed)

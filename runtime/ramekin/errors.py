@@ -1,0 +1,45 @@
+"""The error tree. Each error is also the builtin that a caller would expect; each text says what to do.
+
+RamekinError
+├── ModelNotFoundError (FileNotFoundError)   there is no model folder at that place
+├── ModelFormatError (ValueError)            the model folder is damaged, altered or not one of ours
+│   └── FormatVersionError                   it was written by another version of ramekin
+├── CheckpointError (ValueError)             the checkpoint to export is damaged, ambiguous or not a T5
+├── PaperError (ValueError)                  a file is not a paper
+├── RuntimeVersionError (ImportError)        onnxruntime is missing or of a version that is not supported
+└── VerificationError                        a model folder does not compute what it did when it was exported
+"""
+
+from __future__ import annotations
+
+
+class RamekinError(Exception):
+    """Base of every error that ramekin raises on purpose, but for wrong arguments (`ValueError`, `TypeError`)."""
+
+
+class ModelNotFoundError(RamekinError, FileNotFoundError):
+    """There is no model folder at that place."""
+
+
+class ModelFormatError(RamekinError, ValueError):
+    """The model folder is damaged, altered or not one of ours."""
+
+
+class FormatVersionError(ModelFormatError):
+    """The model folder was written by another version of ramekin."""
+
+
+class CheckpointError(RamekinError, ValueError):
+    """The checkpoint to export is damaged, ambiguous or not a T5."""
+
+
+class PaperError(RamekinError, ValueError):
+    """A file is not a paper."""
+
+
+class RuntimeVersionError(RamekinError, ImportError):
+    """onnxruntime is missing, or of a version that is not supported."""
+
+
+class VerificationError(RamekinError):
+    """A model folder does not compute what it did when it was exported."""

@@ -1,0 +1,45 @@
+"""The golden run: a short continuation that a model computed when it was exported, to compare with what it computes now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ramekin.engine import Engine
+from ramekin.errors import ModelFormatError, VerificationError
+
+SOURCE_TOKENS, TARGET_TOKENS = 48, 8
+# Largest difference of a log-probability that counts as rounding. Integer kernels differ between processors: those without
+# VNNI saturate sums of two products at 16 bits.
+TOLERANCE = {"fp32": 2e-3}
+QUANTIZED_TOLERANCE = 0.5
+
+
+def record(engine: Engine) -> dict[str, Any]:
+    """Run fixed token ids through a fresh model; what `check` compares with."""
+    source = [i % engine.manifest.dims.vocab_size for i in range(3, 3 + 7 * SOURCE_TOKENS, 7)]
+    target = [i % engine.manifest.dims.vocab_size for i in range(5, 5 + 11 * TARGET_TOKENS, 11)]
+    return {"source_ids": source, "target_ids": target, "logprobs": [float(x) for x in engine.score(source, target)]}
+
+
+def check(engine: Engine, golden: Mapping[str, Any]) -> float:
+    """Repeat the golden run. Return the largest difference of a log-probability.
+
+    Raises:
+        ModelFormatError: the manifest has no golden run, or a broken one.
+        VerificationError: the difference is more than rounding.
+    """
+    try:
+        expected = np.asarray(golden["logprobs"], np.float32)
+        difference = float(np.abs(engine.score(golden["source_ids"], golden["target_ids"]) - expected).max())
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFormatError(f"the manifest has no usable golden run ({error}); export the model again") from None
+    tolerance = TOLERANCE.get(engine.manifest.precision, QUANTIZED_TOLERANCE)
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"golden run: log-probabilities differ by {difference:.3g}, more than {tolerance:.3g}, from those at export; "
+            "export the model again on this machine, or report your processor and onnxruntime version"
+        )
+    return difference

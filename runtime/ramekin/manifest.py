@@ -1,0 +1,210 @@
+"""The contract between export and runtime: what a model folder holds, and what its graphs' tensors are called."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
+
+SUPPORTED_ONNXRUNTIME = ((1, 23, 2), (2, 0, 0))
+"""Oldest version that the graphs were tested with, and the first that is refused."""
+
+DEFAULT_PROMPT = (
+    "Generate Question, Answer pair correspond to the following research paper. "
+    "[Abstract] {abstract} [Introduction] {introduction} Question, Answer:"
+)
+"""The prompt of the model card of UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation."""
+
+# Tensor names. The encoder graph: input_ids (1, S) int64 -> encoder_hidden (1, S, d_model), cross_key_i, cross_value_i
+# (1, heads, S, head_dim). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32, top_k (1,) int64,
+# past_key_i, past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and top_ids (n, top_k),
+# present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32.
+INPUT_IDS, ENCODER_HIDDEN = "input_ids", "encoder_hidden"
+TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
+LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
+
+
+def cross_names(layers: int) -> list[str]:
+    """The cross-attention keys and values, layer by layer: `cross_key_0, cross_value_0, cross_key_1, ...`."""
+    return [f"cross_{part}_{i}" for i in range(layers) for part in ("key", "value")]
+
+
+def past_names(layers: int) -> list[str]:
+    """The self-attention caches that the decoder reads, in the order of `cross_names`."""
+    return [f"past_{part}_{i}" for i in range(layers) for part in ("key", "value")]
+
+
+def present_names(layers: int) -> list[str]:
+    """The self-attention caches that the decoder writes, in the order of `past_names`."""
+    return [f"present_{part}_{i}" for i in range(layers) for part in ("key", "value")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """Sizes of the network; all are positive."""
+
+    vocab_size: int
+    d_model: int
+    d_ff: int
+    num_heads: int
+    head_dim: int
+    encoder_layers: int
+    decoder_layers: int
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+                raise ModelFormatError(f"dims.{each.name} must be a positive integer, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids with a meaning of their own. `named` maps text such as `<extra_id_0>` to the one id that it stands for."""
+
+    start: int
+    pad: int
+    eos: tuple[int, ...]
+    named: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eos", tuple(self.eos))
+        ids = (self.start, self.pad, *self.eos, *self.named.values())
+        if not self.eos or any(not isinstance(i, int) or i < 0 for i in ids):
+            raise ModelFormatError("tokens must name a start, a pad and at least one eos id, all of them integers >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hexadecimal) of one file of the folder."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileRecord:
+        """Measure `path`, reading it once."""
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        return cls(bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that the runtime knows of a model besides its graphs. Written once by the export, never changed."""
+
+    dims: Dims
+    tokens: SpecialTokens
+    precision: str
+    recipe: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    variant: str = "t5"
+    prompt: str = DEFAULT_PROMPT
+    max_source_tokens: int = 1024
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+    opset: int = 18
+    onnxruntime: str = ">=1.23.2,<2"
+    golden: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_source_tokens, int) or self.max_source_tokens < 1:
+            raise ModelFormatError(f"max_source_tokens must be a positive integer, not {self.max_source_tokens!r}")
+        missing = {ENCODER, DECODER, TOKENIZER} - set(self.files)
+        if missing:
+            raise ModelFormatError(f"files must list {', '.join(sorted(missing))}")
+        for name in self.files:
+            if name != Path(name).name or name in ("", ".", "..", MANIFEST) or "\\" in name:
+                raise ModelFormatError(f"files must be plain names inside the folder, not {name!r}")
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read `manifest.json`.
+
+        Raises:
+            FormatVersionError: another version of ramekin wrote it.
+            ModelFormatError: it is not a manifest.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise ModelFormatError(f"not JSON: {error}") from None
+        if not isinstance(raw, dict) or "format_version" not in raw:
+            raise ModelFormatError("not a ramekin manifest: it has no format_version")
+        if raw["format_version"] != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"format version {raw['format_version']!r}, but this ramekin reads {FORMAT_VERSION}: "
+                "export the model again, or install the ramekin that wrote it"
+            )
+        try:
+            raw["dims"] = Dims(**raw["dims"])
+            raw["tokens"] = SpecialTokens(**raw["tokens"])
+            raw["files"] = {name: FileRecord(**record) for name, record in raw["files"].items()}
+            return cls(**raw)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ModelFormatError(f"not a complete manifest: {error}") from None
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """Read and check the manifest of a model folder.
+
+        Raises:
+            ModelNotFoundError: there is no such folder.
+            ModelFormatError: the folder holds no manifest, or one that cannot be read.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ModelNotFoundError(f"{folder}: no such model folder; `ramekin export CHECKPOINT {folder}` makes one")
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise ModelFormatError(
+                f"{folder}: not a ramekin model folder (it has no {MANIFEST}); `ramekin export {folder} OUT` makes one "
+                "of a checkpoint"
+            )
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ModelFormatError(f"{path}: not UTF-8; export the model again") from None
+        except ModelFormatError as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    def check_files(self, folder: Path, hash_up_to: int | None = 32 << 20) -> None:
+        """Compare the folder's files with the records.
+
+        Sizes are always compared; contents of files up to `hash_up_to` bytes too (None: of all files, which takes about
+        a second per gigabyte).
+
+        Raises:
+            ModelFormatError: a file is missing, truncated, altered, or leads out of the folder.
+        """
+        root = folder.resolve()
+        for name, record in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise ModelFormatError(f"{path}: missing; export the model again")
+            if path.resolve().parent != root:
+                raise ModelFormatError(f"{path}: a link that leaves the model folder; put a copy of the file there")
+            size = path.stat().st_size
+            if size != record.bytes:
+                raise ModelFormatError(f"{path}: {size} bytes instead of {record.bytes}; export or copy the model again")
+            if (hash_up_to is None or size <= hash_up_to) and FileRecord.of(path) != record:
+                raise ModelFormatError(f"{path}: altered since the export (SHA-256 differs); export or copy it again")

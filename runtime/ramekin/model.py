@@ -1,0 +1,144 @@
+"""The two graphs as two verbs: `prefill` reads a prompt once, `step` feeds one token to every running sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ramekin.cache import Cache, Cross, Floats
+from ramekin.errors import ModelFormatError
+from ramekin.manifest import (
+    DECODER,
+    ENCODER,
+    ENCODER_HIDDEN,
+    INPUT_IDS,
+    LOGITS,
+    PAST_LENGTHS,
+    TOKEN_IDS,
+    TOP_IDS,
+    TOP_K,
+    TOP_VALUES,
+    Manifest,
+    cross_names,
+    past_names,
+    present_names,
+)
+from ramekin.session import onnxruntime, open_session
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What the model predicts for the next token of n samples. The arrays are overwritten by the next step.
+
+    Attributes:
+        full: all logits, `(n, vocab)` float32.
+        top_values: the k largest in falling order, `(n, k)` float32.
+        top_ids: their tokens, `(n, k)` int64.
+    """
+
+    full: Floats
+    top_values: Floats
+    top_ids: npt.NDArray[np.int64]
+
+
+class Model:
+    """An encoder and a decoder graph that agree with a manifest."""
+
+    def __init__(self, encoder: Any, decoder: Any, manifest: Manifest) -> None:
+        self.dims = manifest.dims
+        self._ort = onnxruntime()
+        self._encoder, self._decoder = encoder, decoder
+        layers = self.dims.decoder_layers
+        self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
+        _check_names(ENCODER, encoder, {INPUT_IDS}, {ENCODER_HIDDEN, *self._cross})
+        inputs = {TOKEN_IDS, PAST_LENGTHS, TOP_K, *self._past, *self._cross}
+        _check_names(DECODER, decoder, inputs, {LOGITS, TOP_VALUES, TOP_IDS, *self._present})
+
+    @classmethod
+    def load(cls, folder: Path, manifest: Manifest, provider: str, threads: int) -> Model:
+        """Open both graphs of a model folder.
+
+        Raises:
+            ModelFormatError: a graph cannot be loaded, or does not agree with the manifest.
+        """
+        files = frozenset(manifest.files)
+        encoder = open_session(folder / ENCODER, files, provider, threads, rests=True)
+        return cls(encoder, open_session(folder / DECODER, files, provider, threads, rests=False), manifest)
+
+    def prefill(self, source_ids: Sequence[int] | npt.NDArray[np.int64]) -> Cross:
+        """Encode a prompt of S tokens and project it to every decoder layer's cross-attention keys and values."""
+        ids = np.asarray(source_ids, np.int64).reshape(1, -1)
+        shape = (1, self.dims.num_heads, ids.shape[1], self.dims.head_dim)
+        arrays = tuple(np.empty(shape, np.float32) for _ in self._cross)
+        binding = self._encoder.io_binding()
+        binding.bind_ortvalue_input(INPUT_IDS, self._value(ids))
+        for name, array in zip(self._cross, arrays, strict=True):
+            binding.bind_ortvalue_output(name, self._value(array))
+        options = self._ort.RunOptions()
+        # The scratch memory of a long prompt (heads * S * S floats and more) goes back before decoding starts.
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._encoder.run_with_iobinding(binding, options)
+        return Cross(arrays)
+
+    def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
+        """An empty cache for `rows` samples of at most `capacity` tokens; `candidates` is how many logits are ranked."""
+        return Cache(self.dims, cross, rows, capacity, min(candidates, self.dims.vocab_size))
+
+    def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: Cache) -> Logits:
+        """Feed one token to each of the n samples of `cache`, which grows by one position.
+
+        Args:
+            token_ids: `(n,)`, the token that each sample chose last (at first the start token).
+            cache: made by `new_cache`; written in place.
+        """
+        if cache.length >= cache.capacity:
+            raise ValueError(f"the cache is full: its capacity is {cache.capacity} tokens")
+        cache.token_ids[:, 0] = token_ids
+        cache.past_lengths[:] = cache.length
+        if cache.binding is None:
+            cache.binding = self._bind(cache)
+        self._decoder.run_with_iobinding(cache.binding[0])
+        cache.length += 1
+        return Logits(cache.logits, cache.top_values, cache.top_ids)
+
+    def _bind(self, cache: Cache) -> tuple[Any, Any]:
+        """A binding of the decoder to the arrays of `cache`, and what must live as long as it."""
+        binding = self._decoder.io_binding()
+        past = [self._value(array) for array in cache.past]
+        inputs = [
+            (TOKEN_IDS, self._value(cache.token_ids)),
+            (PAST_LENGTHS, self._value(cache.past_lengths)),
+            (TOP_K, self._value(np.array([cache.candidates], np.int64))),
+            *zip(self._cross, map(self._value, cache.cross.arrays), strict=True),
+            *zip(self._past, past, strict=True),
+        ]
+        outputs = [
+            (LOGITS, self._value(cache.logits)),
+            (TOP_VALUES, self._value(cache.top_values)),
+            (TOP_IDS, self._value(cache.top_ids)),
+            *zip(self._present, past, strict=True),
+        ]
+        for name, value in inputs:
+            binding.bind_ortvalue_input(name, value)
+        for name, value in outputs:
+            binding.bind_ortvalue_output(name, value)
+        return binding, (inputs, outputs)
+
+    def _value(self, array: npt.NDArray[Any]) -> Any:
+        """An OrtValue on the array's own memory: what the graph writes is in the array, and the other way round."""
+        return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def _check_names(graph: str, session: Any, inputs: set[str], outputs: set[str]) -> None:
+    found_inputs = {each.name for each in session.get_inputs()}
+    found_outputs = {each.name for each in session.get_outputs()}
+    odd = (inputs ^ found_inputs) | (outputs ^ found_outputs)
+    if odd:
+        raise ModelFormatError(
+            f"{graph}: does not belong to this manifest (unexpected or missing tensor {min(odd)!r}); export the model again"
+        )

@@ -1,0 +1,170 @@
+"""Papers in, question/answer pairs out: the prompt of the model card and the form of its answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import string
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ramekin.errors import PaperError
+from ramekin.manifest import DEFAULT_PROMPT
+
+SEPARATOR = "[SEP]"
+Problem = Literal["no separator", "more than one separator", "empty question", "empty answer", "cut at the limit"]
+
+_HEADING = re.compile(
+    r"^\s{0,3}(?:#{1,6}\s*)?(?:\d+\.?\s+|[IVX]+\.\s+)?[*_]{0,2}(abstract|introduction)[*_]{0,2}\s*(?:[:.—-]\s*(.*))?$",
+    re.IGNORECASE,
+)
+_NEXT_SECTION = re.compile(r"^\s{0,3}(?:#{1,6}\s+\S|(?:\d+\.?|[IVX]+\.)\s+[A-Z][^.]{2,60}$)")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The parts of a paper that a question is asked about; at least one of abstract and introduction has text."""
+
+    title: str = ""
+    abstract: str = ""
+    introduction: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.abstract.strip() or self.introduction.strip()):
+            raise PaperError("a paper needs an abstract or an introduction")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Paper:
+        """Read a paper.
+
+        A JSON object with `title`, `abstract` and `introduction`; or plain text or Markdown with headings "Abstract" and
+        "Introduction" (numbered or not; "Abstract: ..." on one line is fine). What stands before the headings is the title.
+
+        Raises:
+            PaperError: the file is missing, not UTF-8, or neither of both.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise PaperError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+        except OSError as error:
+            raise PaperError(f"{path}: cannot be read: {error.strerror or error}") from None
+        try:
+            return cls.parse(text)
+        except PaperError as error:
+            raise PaperError(f"{path}: {error}") from None
+
+    @classmethod
+    def parse(cls, text: str) -> Paper:
+        """What `read` does, of a text.
+
+        Raises:
+            PaperError: the text is not a paper.
+        """
+        if text.lstrip().startswith("{"):
+            try:
+                return cls.from_mapping(json.loads(text))
+            except ValueError as error:
+                if isinstance(error, PaperError):
+                    raise
+                raise PaperError(f"neither JSON ({error}) nor text with the heading Abstract or Introduction") from None
+        return cls(**_sections(text))
+
+    @classmethod
+    def from_mapping(cls, raw: Any) -> Paper:
+        """A paper of a JSON object; other keys than its three do not matter.
+
+        Raises:
+            PaperError: it is not an object, or a part is not a text.
+        """
+        if not isinstance(raw, dict):
+            raise PaperError("expected a JSON object with title, abstract and introduction")
+        parts = {name: raw.get(name) or "" for name in ("title", "abstract", "introduction")}
+        for name, value in parts.items():
+            if not isinstance(value, str):
+                raise PaperError(f"{name} must be a text, not {type(value).__name__}")
+        return cls(**parts)
+
+
+def _sections(text: str) -> dict[str, str]:
+    parts: dict[str, list[str]] = {"title": [], "abstract": [], "introduction": []}
+    current: str | None = "title"
+    for line in text.splitlines():
+        heading = _HEADING.match(line)
+        if heading:
+            current = heading[1].lower()
+            parts[current].append(heading[2] or "")
+        elif current in ("abstract", "introduction") and _NEXT_SECTION.match(line):
+            current = None
+        elif current:
+            parts[current].append(line.lstrip("# ") if current == "title" else line)
+    if not any("".join(parts[name]).strip() for name in ("abstract", "introduction")):
+        raise PaperError(
+            "not a paper: expected JSON with title, abstract and introduction, "
+            "or text with the heading Abstract or Introduction"
+        )
+    return {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
+
+
+def build_prompt(paper: Paper, template: str = DEFAULT_PROMPT) -> str:
+    """Fill a template's `{title}`, `{abstract}` and `{introduction}`.
+
+    Raises:
+        ValueError: the template has other fields.
+    """
+    values = {"title": paper.title, "abstract": paper.abstract, "introduction": paper.introduction}
+    pieces = []
+    try:
+        for literal, name, form, conversion in string.Formatter().parse(template):
+            pieces.append(literal)
+            if name is not None:
+                if name not in values or form or conversion:
+                    raise ValueError(f"unknown field {{{name}}}")
+                pieces.append(values[name])
+    except ValueError as error:
+        raise ValueError(f"prompt template: {error}; {{title}}, {{abstract}} and {{introduction}} can be used") from None
+    return "".join(pieces)
+
+
+@dataclass(frozen=True)
+class QAPair:
+    """A question and its answer, and what is wrong with the text that they came from (None: nothing)."""
+
+    question: str
+    answer: str
+    problem: Problem | None = None
+
+    @classmethod
+    def parse(cls, text: str, cut: bool = False) -> QAPair:
+        """Read `question [SEP] answer`.
+
+        Nothing is refused: of two separators the first one counts and the answer ends at the second; without any, all
+        is question or, if it does not end with a question mark, all is answer.
+
+        Args:
+            text: what the model wrote; `<n>` counts as a blank, as on the model card.
+            cut: the sample ran into the token limit (`finish_reason == "length"`), so the answer may end in mid-sentence.
+        """
+        parts = [" ".join(part.split()) for part in text.replace("<n>", " ").split(SEPARATOR)]
+        if len(parts) == 1:
+            question, answer = (parts[0], "") if parts[0].endswith("?") else ("", parts[0])
+            return cls(question, answer, "no separator")
+        question, answer = parts[:2]
+        problem: Problem | None = None
+        if not question:
+            problem = "empty question"
+        elif not answer:
+            problem = "empty answer"
+        elif cut:
+            problem = "cut at the limit"
+        elif len(parts) > 2:
+            problem = "more than one separator"
+        return cls(question, answer, problem)
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether the text was a question, one separator and a whole answer."""
+        return self.problem is None

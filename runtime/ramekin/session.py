@@ -1,0 +1,119 @@
+"""ONNX Runtime sessions: which version, how many threads, and a look at a graph before it is run."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ramekin.errors import ModelFormatError, RuntimeVersionError
+from ramekin.manifest import SUPPORTED_ONNXRUNTIME
+from ramekin.onnxfile import external_locations
+
+PROVIDERS = {"cpu": "CPUExecutionProvider"}
+
+
+def onnxruntime() -> Any:
+    """The onnxruntime module, imported here and now.
+
+    Raises:
+        RuntimeVersionError: it is not installed, or of a version that the graphs were not tested with.
+    """
+    try:
+        module = importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise RuntimeVersionError(f"onnxruntime cannot be imported ({error}): pip install 'ramekin[cpu]'") from error
+    oldest, refused = SUPPORTED_ONNXRUNTIME
+    found = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:3])
+    if not oldest <= found < refused:
+        raise RuntimeVersionError(
+            f"onnxruntime {module.__version__} is not supported: "
+            f"pip install 'onnxruntime>={'.'.join(map(str, oldest))},<{refused[0]}'"
+        )
+    return module
+
+
+def usable_cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may really use: its CPU affinity, cut to its cgroup's CPU quota (rounded up).
+
+    Source: the kernel's documentation of cgroup v2 (`cpu.max`) and v1 (`cpu.cfs_quota_us`).
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else (os.cpu_count() or 1)
+    quotas = []
+    for folder in _cgroup_folders(proc, cgroup):
+        try:
+            if (folder / "cpu.max").is_file():
+                quota, period = (folder / "cpu.max").read_text().split()[:2]
+            else:
+                quota, period = ((folder / f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))
+            if quota.strip() != "max" and int(quota) > 0:
+                quotas.append(math.ceil(int(quota) / int(period)))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return max(1, min([cores, *quotas]))
+
+
+def _cgroup_folders(proc: Path, cgroup: Path) -> list[Path]:
+    """This process's cgroup and all above it, each of which may hold a quota."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return [cgroup, cgroup / "cpu"]
+    folders = [cgroup, cgroup / "cpu"]
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        root = cgroup if not controllers else cgroup / "cpu"
+        if not controllers or "cpu" in controllers.split(","):
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            folders += [root.joinpath(*parts[: end + 1]) for end in range(len(parts))]
+    return folders
+
+
+def open_session(path: Path, files: frozenset[str], provider: str, threads: int, rests: bool) -> Any:
+    """Open one graph of a model folder.
+
+    Each session has threads of its own. A pool for the whole process would spare a few, but once one exists, every
+    other onnxruntime session in the process fails unless it asks for that pool: a library must not do that to its host.
+
+    Args:
+        path: the `.onnx` file.
+        files: names of the folder's files; weights may lie in no other place.
+        provider: a key of `PROVIDERS`.
+        threads: how many threads compute, at least 1.
+        rests: let the threads sleep as soon as a run ends, since another session runs next.
+
+    Raises:
+        ModelFormatError: the file is not a graph that onnxruntime can load, or asks for files outside the folder.
+    """
+    ort = onnxruntime()
+    try:
+        strangers = external_locations(path.read_bytes()) - files
+    except ValueError as error:
+        raise ModelFormatError(f"{path}: not an ONNX file ({error}); export the model again") from None
+    if strangers:
+        raise ModelFormatError(f"{path}: asks for weights in {min(strangers)!r}, which is not a file of this model")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if rests:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return _create(ort, path, options, provider)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        reason = " ".join(str(error).split())
+        raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason[:300]}") from error
+
+
+def _create(ort: Any, path: Path, options: Any, provider: str) -> Any:
+    try:
+        return ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]], enable_fallback=0)
+    except RuntimeError as error:
+        if "use_per_session_threads" not in str(error):
+            raise
+        options.use_per_session_threads = False  # the host has made a pool for the whole process: use that
+        return ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]], enable_fallback=0)
