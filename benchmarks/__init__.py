@@ -1,0 +1,1 @@
+"""Measurements; never installed with the package."""

@@ -1,0 +1,123 @@
+"""The T5 family's dimensions and variants, from the raw `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ramekin.errors import CheckpointError, ModelFormatError
+from ramekin.manifest import Dims
+
+_FAMILY = {"t5", "mt5"}
+_ACTIVATIONS = {"relu", "gelu", "gelu_new"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """What the graphs depend on.
+
+    Attributes:
+        dims: sizes.
+        activation: "relu", "gelu" (exact) or "gelu_new" (its tanh approximation).
+        gated: `activation(wi_0 x) * wi_1 x` (v1.1, FLAN, mT5) instead of `activation(wi x)` (v1.0).
+        buckets: relative positions share this many buckets ...
+        max_distance: ... and beyond this distance they share the last one.
+        epsilon: of the RMS norms.
+        tied: what the config says of `tie_word_embeddings`; None if nothing.
+        scaled: what the config says of `scale_decoder_outputs` (transformers 5); None if nothing.
+    """
+
+    dims: Dims
+    activation: str
+    gated: bool
+    buckets: int
+    max_distance: int
+    epsilon: float
+    tied: bool | None
+    scaled: bool | None
+    model_type: str
+
+    @property
+    def variant(self) -> str:
+        """The member of the family, for people."""
+        return self.model_type if self.model_type != "t5" else "t5-v1.1" if self.gated else "t5-v1.0"
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> T5Config:
+        """Read a `config.json` of transformers 4 or 5.
+
+        Raises:
+            CheckpointError: not a T5, or one with parts that are not supported.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in _FAMILY:
+            raise CheckpointError(
+                f"config.json: model_type {model_type!r}; only {' and '.join(sorted(_FAMILY))} checkpoints can be exported"
+            )
+        projection = str(raw.get("feed_forward_proj", "gated-gelu" if model_type == "mt5" else "relu"))
+        gated, activation = projection.startswith("gated-"), projection.removeprefix("gated-")
+        if projection == "gated-gelu":
+            activation = "gelu_new"  # as transformers does, whatever dense_act_fn says
+        if activation not in _ACTIVATIONS:
+            raise CheckpointError(f"config.json: feed_forward_proj {projection!r} is not supported")
+        layers = raw.get("num_layers", 6)
+        try:
+            dims = Dims(
+                vocab_size=raw.get("vocab_size", 32128),
+                d_model=raw.get("d_model", 512),
+                d_ff=raw.get("d_ff", 2048),
+                num_heads=raw.get("num_heads", 8),
+                head_dim=raw.get("d_kv", 64),
+                encoder_layers=layers,
+                decoder_layers=raw.get("num_decoder_layers") or layers,
+            )
+            buckets = int(raw.get("relative_attention_num_buckets", 32))
+            max_distance = int(raw.get("relative_attention_max_distance", 128))
+            epsilon = float(raw.get("layer_norm_epsilon", 1e-6))
+        except (ModelFormatError, TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: {error}") from None
+        if buckets < 4 or max_distance <= buckets // 2 or not 0 < epsilon < 1:
+            raise CheckpointError("config.json: relative attention or layer_norm_epsilon out of range")
+        return cls(
+            dims=dims,
+            activation=activation,
+            gated=gated,
+            buckets=buckets,
+            max_distance=max_distance,
+            epsilon=epsilon,
+            tied=_flag(raw, "tie_word_embeddings"),
+            scaled=_flag(raw, "scale_decoder_outputs"),
+            model_type=str(model_type),
+        )
+
+    def head(self, equal_to_embedding: bool | None) -> bool:
+        """Whether the decoder's output is scaled by `d_model ** -0.5` before the head, as v1.0 does.
+
+        transformers 4 scales if `tie_word_embeddings`; transformers 5 writes `tie_word_embeddings: true` for every T5
+        and decides by `scale_decoder_outputs`. So the weights are asked first.
+
+        Args:
+            equal_to_embedding: whether the head's weights are the embedding's; None if there are no weights of its own.
+
+        Raises:
+            CheckpointError: config and weights contradict each other, and versions of transformers would disagree.
+        """
+        if self.scaled is not None:
+            return self.scaled
+        if equal_to_embedding is not False:
+            return self.tied is not False if self.model_type == "t5" else bool(self.tied)
+        if self.tied is False or (self.tied is None and self.model_type == "mt5"):
+            return False
+        raise CheckpointError(
+            "config.json does not say tie_word_embeddings: false, yet lm_head.weight differs from shared.weight: "
+            'versions of transformers disagree on this checkpoint. Add "scale_decoder_outputs": false to config.json '
+            "for FLAN-T5, T5 v1.1 and mT5, or true for T5 v1.0"
+        )
+
+
+def _flag(raw: Mapping[str, Any], name: str) -> bool | None:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"config.json: {name} must be true or false, not {value!r}")
+    return value

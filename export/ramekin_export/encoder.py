@@ -1,0 +1,80 @@
+"""The encoder graph: a prompt of exact length in, every decoder layer's cross-attention keys and values out."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+
+from ramekin.manifest import ENCODER_HIDDEN, INPUT_IDS, cross_names
+from ramekin_export.checkpoint import Checkpoint
+from ramekin_export.config import T5Config
+from ramekin_export.graph import GraphBuilder, WeightFile
+from ramekin_export.layers import add_and_norm, encoder_bias_table, feed_forward
+from ramekin_export.recipe import Recipe, names, project
+
+
+def build_encoder(
+    c: Checkpoint, config: T5Config, recipe: Recipe, embedding: TensorProto, weights: WeightFile
+) -> GraphBuilder:
+    """Build the graph; its weights go into `weights` on the way.
+
+    `input_ids (1, S)` -> `encoder_hidden (1, S, d_model)`, `cross_key_i` and `cross_value_i (1, heads, S, head_dim)`.
+    There is no mask: one prompt, no padding.
+    """
+    g, dims = GraphBuilder("encoder", weights), config.dims
+    inner = dims.num_heads * dims.head_dim
+    ids = g.input(INPUT_IDS, np.int64, [1, "source"])
+    bias = _bias(g, c, config, ids)
+    x, new = g.node("Gather", [g.tensor(embedding), ids], "encoder.embedded"), ""
+    for i in range(dims.encoder_layers):
+        attention, forward = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
+        gain = c.tensor(f"{attention}.layer_norm.weight", dims.d_model)
+        normed, x = add_and_norm(g, config, new, x, f"{attention}.layer_norm", gain)
+
+        at = f"{attention}.SelfAttention"
+        qkv = {name: c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "qkv")}
+        q, k, v = recipe.encoder(g, normed, qkv)
+        heads = g.node("MultiHeadAttention", [q, k, v, "", "", bias], f"{at}.heads", num_heads=dims.num_heads, scale=1.0)
+        new = project(g, recipe.encoder, heads, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+
+        gain = c.tensor(f"{forward}.layer_norm.weight", dims.d_model)
+        normed, x = add_and_norm(g, config, new, x, f"{forward}.layer_norm", gain)
+        new = feed_forward(g, c, config, recipe.encoder, normed, f"{forward}.DenseReluDense", merged=False)
+
+    gain = c.tensor("encoder.final_layer_norm.weight", dims.d_model)
+    hidden, _ = add_and_norm(g, config, new, x, "encoder.final_layer_norm", gain)
+    g.node("Identity", [hidden], ENCODER_HIDDEN)
+    g.output(ENCODER_HIDDEN, np.float32, [1, "source", dims.d_model])
+    _cross(g, c, config, recipe, hidden)
+    return g
+
+
+def _bias(g: GraphBuilder, c: Checkpoint, config: T5Config, ids: str) -> str:
+    """The relative position bias `(1, heads, S, S)`, looked up once in a table and added in every layer."""
+    name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
+    table = encoder_bias_table(config, c.tensor(f"{name}.weight", config.buckets, config.dims.num_heads))
+    length = g.node("Squeeze", [g.node("Shape", [ids], "encoder.length", start=1)], "encoder.positions.end")
+    zero, one = g.constant("zero", 0), g.constant("one", 1)
+    positions = g.node("Range", [zero, length, one], "encoder.positions")
+    queries = g.node("Unsqueeze", [positions, g.constant("axis_1", [1])], "encoder.positions.query")
+    offset = g.node("Sub", [positions, queries], "encoder.positions.offset")
+    limit = config.max_distance
+    low, high = g.constant("minus_max_distance", -limit), g.constant("max_distance", limit)
+    column = g.node("Add", [g.node("Clip", [offset, low, high], "encoder.positions.near"), high], "encoder.positions.column")
+    rows = g.node("Gather", [g.weight(f"{name}.table", table), column], "encoder.bias.heads", axis=1)
+    return g.node("Unsqueeze", [rows, g.constant("axis_0", [0])], "encoder.bias")
+
+
+def _cross(g: GraphBuilder, c: Checkpoint, config: T5Config, recipe: Recipe, hidden: str) -> None:
+    """Project the encoder's output for the cross-attention of every decoder layer: it is done once, not at each step."""
+    dims = config.dims
+    inner = dims.num_heads * dims.head_dim
+    split = g.constant("split_heads", [1, -1, dims.num_heads, dims.head_dim])
+    outputs = iter(cross_names(dims.decoder_layers))
+    for i in range(dims.decoder_layers):
+        at = f"decoder.block.{i}.layer.1.EncDecAttention"
+        kv = {name: c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "kv")}
+        for projected, output in zip(recipe.encoder(g, hidden, kv), outputs, strict=False):
+            rows = g.node("Reshape", [projected, split], f"{projected}.heads")
+            g.node("Transpose", [rows], output, perm=[0, 2, 1, 3])
+            g.output(output, np.float32, [1, dims.num_heads, "source", dims.head_dim])

@@ -1,0 +1,117 @@
+"""A small graph builder: nodes by name, weights straight into external files, one in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+import ramekin
+
+OPSET, IR_VERSION = 18, 9
+MICROSOFT = "com.microsoft"
+_MICROSOFT_OPS = {
+    "FastGelu",
+    "Gelu",
+    "GroupQueryAttention",
+    "MatMulIntegerToFloat",
+    "MatMulNBits",
+    "MultiHeadAttention",
+    "SkipSimplifiedLayerNormalization",
+}
+_PAGE, _LINE = 4096, 64  # large weights start at page boundaries, so that they can be mapped; small ones at cache lines
+_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+_TYPES |= {np.dtype(np.int32): TensorProto.INT32, np.dtype(np.int8): TensorProto.INT8}
+_TYPES |= {np.dtype(np.uint8): TensorProto.UINT8}
+
+Shape = Sequence[int | str]
+
+
+class WeightFile:
+    """A file of raw tensors; graphs refer to them by place and length."""
+
+    def __init__(self, path: Path, progress: Callable[[int], None] = lambda _: None) -> None:
+        self.name, self._progress = path.name, progress
+        self._stream: BinaryIO = path.open("wb")
+
+    def add(self, name: str, array: npt.NDArray[Any], parameters: int) -> TensorProto:
+        """Append an array; `parameters` of the checkpoint are told to be done."""
+        array = np.ascontiguousarray(array)
+        self._stream.write(b"\0" * (-self._stream.tell() % (_PAGE if array.nbytes >= 16 * _PAGE else _LINE)))
+        offset = self._stream.tell()
+        self._stream.write(array.data)
+        tensor = TensorProto(name=name, data_type=_TYPES[array.dtype], dims=array.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self.name), ("offset", offset), ("length", array.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._progress(parameters)
+        return tensor
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stream.close()
+
+
+class GraphBuilder:
+    """One graph in the making. Every value is called after the node that computes it."""
+
+    def __init__(self, name: str, weights: WeightFile) -> None:
+        self._name, self._weights = name, weights
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+
+    def input(self, name: str, dtype: type, shape: Shape) -> str:
+        """Declare an input."""
+        self._inputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], list(shape)))
+        return name
+
+    def output(self, name: str, dtype: type, shape: Shape) -> None:
+        """Declare that the value `name` is an output."""
+        self._outputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], list(shape)))
+
+    def constant(self, name: str, value: npt.ArrayLike, dtype: type = np.int64) -> str:
+        """A small constant inside the `.onnx` file; asking twice gives the same one."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(np.asarray(value, dtype), name)
+        return name
+
+    def weight(self, name: str, array: npt.NDArray[Any], parameters: int | None = None) -> str:
+        """A weight in the graph's external file; `parameters` of the checkpoint are in it (None: its own size)."""
+        return self.tensor(self._weights.add(name, array, array.size if parameters is None else parameters))
+
+    def tensor(self, tensor: TensorProto) -> str:
+        """A weight that already lies in some file."""
+        self._initializers[tensor.name] = tensor
+        return str(tensor.name)
+
+    def node(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        """Add a node with one output."""
+        return self.nodes(op, inputs, name, [name], **attributes)[0]
+
+    def nodes(self, op: str, inputs: Sequence[str], name: str, outputs: Sequence[str], **attributes: Any) -> list[str]:
+        """Add a node with these outputs; an empty name is an output that nobody reads."""
+        domain = MICROSOFT if op in _MICROSOFT_OPS else None
+        self._nodes.append(
+            helper.make_node(op, list(inputs), list(outputs), name=f"{name}/{op}", domain=domain, **attributes)
+        )
+        return list(outputs)
+
+    def save(self, path: Path) -> None:
+        """Write the `.onnx` file."""
+        graph = helper.make_graph(
+            self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        model.producer_name, model.producer_version = "ramekin", ramekin.__version__
+        path.write_bytes(model.SerializeToString())

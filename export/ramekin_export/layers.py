@@ -1,0 +1,82 @@
+"""The parts that encoder and decoder share: norms, feed-forward blocks, relative positions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from ramekin.cache import Floats
+from ramekin_export.checkpoint import Checkpoint
+from ramekin_export.config import T5Config
+from ramekin_export.graph import GraphBuilder
+from ramekin_export.recipe import Linear, project
+
+
+def add_and_norm(g: GraphBuilder, config: T5Config, new: str, x: str, at: str, gain: Floats) -> tuple[str, str]:
+    """The residual sum `x + new` and its RMS norm, both `(..., d_model)`: `(normed, sum)`.
+
+    With no `new` (an empty name), as before the first layer, the norm of `x` alone, from ONNX's own operators.
+    """
+    weight = g.weight(f"{at}.gain", gain)
+    if new:
+        outputs = [at, "", "", f"{at}.sum"]
+        g.nodes("SkipSimplifiedLayerNormalization", [new, x, weight], at, outputs, epsilon=config.epsilon)
+        return at, f"{at}.sum"
+    square = g.node("Mul", [x, x], f"{at}.square")
+    mean = g.node("ReduceMean", [square, g.constant("last_axis", [-1])], f"{at}.mean", keepdims=1)
+    shifted = g.node("Add", [mean, g.constant("epsilon", config.epsilon, np.float32)], f"{at}.shifted")
+    unit = g.node("Div", [x, g.node("Sqrt", [shifted], f"{at}.root")], f"{at}.unit")
+    return g.node("Mul", [unit, weight], at), x
+
+
+def feed_forward(g: GraphBuilder, c: Checkpoint, config: T5Config, linear: Linear, x: str, at: str, merged: bool) -> str:
+    """`wo(activation(wi_0 x) * wi_1 x)`, or `wo(activation(wi x))`.
+
+    Args:
+        merged: compute `wi_0` and `wi_1` as one product: fewer nodes for few rows, one copy more for many.
+    """
+    width, inner = config.dims.d_model, config.dims.d_ff
+    if not config.gated:
+        hidden = project(g, linear, x, f"{at}.wi", c.tensor(f"{at}.wi.weight", inner, width))
+        hidden = _activate(g, config, hidden, f"{at}.activation")
+    else:
+        halves = [c.tensor(f"{at}.wi_{i}.weight", inner, width) for i in (0, 1)]
+        if merged:
+            both = project(g, linear, x, f"{at}.wi", np.concatenate(halves))
+            sizes = g.constant("feed_forward_sizes", [inner, inner])
+            gate, up = g.nodes("Split", [both, sizes], f"{at}.split", [f"{at}.gate", f"{at}.up"], axis=-1)
+        else:
+            gate, up = linear(g, x, {f"{at}.wi_0": halves[0], f"{at}.wi_1": halves[1]})
+        hidden = g.node("Mul", [_activate(g, config, gate, f"{at}.activation"), up], f"{at}.gated")
+    return project(g, linear, hidden, f"{at}.wo", c.tensor(f"{at}.wo.weight", width, inner))
+
+
+def _activate(g: GraphBuilder, config: T5Config, x: str, at: str) -> str:
+    return g.node({"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}[config.activation], [x], at)
+
+
+def position_bucket(distance: npt.NDArray[np.int64], buckets: int, max_distance: int) -> npt.NDArray[np.int64]:
+    """The bucket of distances >= 0: one each up to `buckets / 2`, then logarithmically, one for all from `max_distance` on.
+
+    Source: T5 (Raffel et al., arXiv:1910.10683, section 2.1), in the arithmetic of transformers' T5Attention.
+    """
+    exact = buckets // 2
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    large = exact + (ratio / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)).astype(np.int64)
+    return np.where(distance < exact, distance, np.minimum(large, buckets - 1))
+
+
+def encoder_bias_table(config: T5Config, embedding: Floats) -> Floats:
+    """Attention bias by relative position, `(heads, 2 * max_distance + 1)`: column `max_distance + key - query`."""
+    half = config.buckets // 2
+    offset = np.arange(-config.max_distance, config.max_distance + 1)
+    bucket = position_bucket(np.abs(offset), half, config.max_distance) + np.where(offset > 0, half, 0)
+    return np.ascontiguousarray(embedding[bucket].T)
+
+
+def decoder_bias_table(config: T5Config, embedding: Floats) -> Floats:
+    """Attention bias by how far back the key lies, `(heads, max_distance + 1)`."""
+    bucket = position_bucket(np.arange(config.max_distance + 1), config.buckets, config.max_distance)
+    return np.ascontiguousarray(embedding[bucket].T)

@@ -1,0 +1,39 @@
+"""`pytorch_model.bin`: the one place that needs torch. Nothing but tensors is unpickled."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ramekin.errors import CheckpointError
+
+
+def read_pickled(path: Path) -> dict[str, Callable[[str], npt.NDArray[Any]]]:
+    """A reader for each tensor of a file that `torch.save` wrote.
+
+    Raises:
+        CheckpointError: torch is missing, or the file holds something else than tensors.
+    """
+    try:
+        import torch  # noqa: PLC0415  # optional
+    except ImportError:
+        raise CheckpointError(
+            f"{path}: pickled weights need torch: pip install torch, or save the checkpoint as safetensors"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: not a file of tensors alone: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: not a file of tensors alone")
+
+    def read(name: str) -> npt.NDArray[Any]:
+        return np.asarray(state[name].to(torch.float32).numpy())
+
+    return dict.fromkeys(state, read)
