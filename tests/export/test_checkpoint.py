@@ -1,0 +1,320 @@
+"""Checkpoints of every kind that `save_pretrained` has ever written, and of kinds that it has not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from benchmarks.random_checkpoint import write_checkpoint
+from ramekin import CheckpointError, Engine
+from ramekin_export.checkpoint import Checkpoint
+from ramekin_export.config import T5Config
+from ramekin_export.head import Head
+from ramekin_export.pipeline import export
+from tests.export.conftest import SPIECE
+from tests.export.variants import VARIANTS
+
+SOURCE, TARGET = list(range(3, 40)), list(range(50, 62))
+
+
+def logits_of(folder: Path) -> np.ndarray:
+    out = folder.parent / f"{folder.name}.model"
+    export(str(folder), out, "fp32", force=True)
+    return Engine.load(out, threads=2).logits(SOURCE, TARGET)
+
+
+@pytest.fixture
+def copy(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    return lambda variant: Path(shutil.copytree(checkpoint(variant), tmp_path / "checkpoint"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """None removes a key."""
+    raw = json.loads((folder / "config.json").read_text())
+    raw.update(changes)
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+# Files
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path, exported: Callable[[str, str], Engine]) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE, shards=3)
+    assert not (folder / "model.safetensors").exists()
+    np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.05), ("bfloat16", 0.4)])
+def test_half_precision(tmp_path: Path, exported: Callable[[str, str], Engine], dtype: str, tolerance: float) -> None:
+    folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE, dtype=dtype)
+    expected = exported("flan", "fp32").logits(SOURCE, TARGET)
+    np.testing.assert_allclose(logits_of(folder), expected, atol=tolerance)
+
+
+def test_pickled_weights(copy: Callable[[str], Path], exported: Callable[[str, str], Engine]) -> None:
+    torch = pytest.importorskip("torch")
+    folder = copy("flan")
+    weights = {name: torch.tensor(array) for name, array in load_file(folder / "model.safetensors").items()}
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
+
+
+def test_pickled_code_is_not_run(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    folder, trace = copy("flan"), tmp_path / "trace"
+
+    class Malice:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (open, (str(trace), "w"))
+
+    (folder / "model.safetensors").unlink()
+    for content in ({"shared.weight": Malice()}, {"shared.weight": 3}, [1]):
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="not a file of tensors alone"):
+            Checkpoint.open(str(folder))
+    assert not trace.exists()
+
+
+def test_pickled_weights_without_torch(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy("flan")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match="need torch: pip install torch, or save the checkpoint as safetensors"):
+        Checkpoint.open(str(folder))
+
+
+def test_the_export_needs_no_torch(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    code = f"""
+import sys
+for name in ("torch", "transformers", "optimum"):
+    sys.modules[name] = None
+from pathlib import Path
+from ramekin_export.pipeline import export
+print(export({str(checkpoint("flan"))!r}, Path({str(tmp_path / "model")!r})).variant)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "t5-v1.1\n"
+
+
+# Which head, at which scale
+
+
+def head_of(folder: Path) -> Head:
+    c = Checkpoint.open(str(folder))
+    return Head.of(c, T5Config.from_json(c.config))
+
+
+def tie(weights: dict[str, np.ndarray]) -> None:
+    weights["lm_head.weight"] = weights["shared.weight"].copy()
+
+
+def drop_head(weights: dict[str, np.ndarray]) -> None:
+    weights.pop("lm_head.weight", None)
+
+
+SCALED, PLAIN = 64**-0.5, 1.0
+
+
+@pytest.mark.parametrize(
+    ("variant", "config", "weights", "expected"),
+    [
+        # transformers 4: tie_word_embeddings decides
+        ("flan", {}, None, Head("lm_head.weight", PLAIN)),
+        ("v1.0", {}, None, Head("shared.weight", SCALED)),
+        ("v1.0", {"tie_word_embeddings": None}, None, Head("shared.weight", SCALED)),
+        ("v1.0", {"tie_word_embeddings": None}, tie, Head("shared.weight", SCALED)),
+        ("flan", {}, tie, Head("shared.weight", PLAIN)),
+        # transformers 5: tie_word_embeddings is always true, scale_decoder_outputs decides
+        ("flan", {"tie_word_embeddings": True, "scale_decoder_outputs": False}, None, Head("lm_head.weight", PLAIN)),
+        ("flan", {"tie_word_embeddings": None, "scale_decoder_outputs": False}, None, Head("lm_head.weight", PLAIN)),
+        ("v1.0", {"scale_decoder_outputs": True}, None, Head("shared.weight", SCALED)),
+        ("v1.0", {"tie_word_embeddings": None, "scale_decoder_outputs": True}, tie, Head("shared.weight", SCALED)),
+        ("v1.0", {"scale_decoder_outputs": False}, None, Head("shared.weight", PLAIN)),
+        # mT5's class says False by itself
+        ("mt5", {"tie_word_embeddings": None}, None, Head("lm_head.weight", PLAIN)),
+    ],
+)
+def test_heads(copy: Callable[[str], Path], variant: str, config: dict[str, Any], weights: Any, expected: Head) -> None:
+    folder = copy(variant)
+    edit_config(folder, **config)
+    if weights:
+        edit_weights(folder, weights)
+    assert head_of(folder) == expected
+
+
+@pytest.mark.parametrize("tied", [True, None])
+def test_ambiguous_heads_are_refused(copy: Callable[[str], Path], tied: bool | None) -> None:
+    """As early versions of transformers 5 wrote a FLAN-T5: tied by the config, untied by the weights."""
+    folder = copy("flan")
+    edit_config(folder, tie_word_embeddings=tied)
+    with pytest.raises(CheckpointError, match=r'versions of transformers disagree.*"scale_decoder_outputs": false'):
+        head_of(folder)
+
+
+def test_an_embedding_of_another_name(copy: Callable[[str], Path], exported: Callable[[str, str], Engine]) -> None:
+    folder = copy("flan")
+    edit_weights(folder, lambda weights: weights.update({"encoder.embed_tokens.weight": weights.pop("shared.weight")}))
+    np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
+
+
+@pytest.mark.parametrize("variant", ["flan", "v1.0", "mt5"])
+def test_what_this_transformers_saves(variant: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """A round trip through the installed transformers, whichever it is, changes nothing."""
+    transformers = pytest.importorskip("transformers")
+    kind = transformers.MT5ForConditionalGeneration if variant == "mt5" else transformers.T5ForConditionalGeneration
+    folder = tmp_path / "checkpoint"
+    kind.from_pretrained(checkpoint(variant)).save_pretrained(folder)
+    shutil.copy(SPIECE, folder)
+    (tmp_path / "plain").mkdir()
+    plain = Path(shutil.copytree(checkpoint(variant), tmp_path / "plain" / "checkpoint"))
+    np.testing.assert_array_equal(logits_of(folder), logits_of(plain))
+
+
+# What cannot be exported
+
+
+def no_file(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder, **changes)
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(content) and None
+
+
+def weights(change: Callable[[dict[str, np.ndarray]], None]) -> Callable[[Path], None]:
+    return lambda folder: edit_weights(folder, change)
+
+
+def infinite(tensors: dict[str, np.ndarray]) -> None:
+    tensors["decoder.block.1.layer.2.DenseReluDense.wo.weight"][3, 3] = np.inf
+
+
+def drop_norm(tensors: dict[str, np.ndarray]) -> None:
+    del tensors["decoder.final_layer_norm.weight"]
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def index(content: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (no_file("config.json"), "not a checkpoint: it has no config.json"),
+        (no_file("model.safetensors"), "no model.safetensors and no pytorch_model.bin"),
+        (no_file("spiece.model"), "no spiece.model and no tokenizer.json"),
+        (text("config.json", "{"), "config.json: cannot be read"),
+        (text("config.json", "[]"), "expected a JSON object"),
+        (text("generation_config.json", '{"top_p": 7}'), "generation_config.json: top_p must be"),
+        (text("spiece.model", "rubbish"), "spiece.model: not a SentencePiece model"),
+        (config(model_type="bart"), "model_type 'bart'; only mt5 and t5"),
+        (config(model_type="umt5"), "model_type 'umt5'"),
+        (config(feed_forward_proj="gated-silu"), "'gated-silu' is not supported"),
+        (config(d_kv=0), "dims.head_dim must be a positive integer"),
+        (config(d_model="64"), "dims.d_model must be a positive integer"),
+        (config(num_layers=None), "no tensor 'encoder.block.3.layer.0.layer_norm.weight'"),
+        (config(d_ff=81), r"has shape \(80, 64\), but config.json implies \(81, 64\)"),
+        (config(eos_token_id=-1), "tokens must name"),
+        (config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
+        (config(layer_norm_epsilon=0), "out of range"),
+        (weights(drop_norm), "no tensor 'decoder.final_layer_norm.weight'"),
+        (weights(infinite), "numbers that are not finite"),
+        (truncate, "not a safetensors file"),
+        (text("model.safetensors", "rubbish"), "not a safetensors file"),
+        (index("{}"), "no weight_map"),
+        (index('{"weight_map": {"shared.weight": "model-1.safetensors"}}'), "not in the folder"),
+        (index('{"weight_map": {"shared.weight": "../model.safetensors"}}'), "not in the folder"),
+    ],
+)
+def test_broken_checkpoints(copy: Callable[[str], Path], tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
+    folder = copy("flan")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=says) as caught:
+        export(str(folder), tmp_path / "model")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+# The Hub
+
+
+def hub_cache(folder: Path, checkpoint: Path) -> None:
+    """A cache as huggingface_hub keeps it, with one repository in it."""
+    repository = folder / "hub" / "models--someone--tiny-t5"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    shutil.copytree(checkpoint, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+
+
+@pytest.mark.parametrize("revision", [[], ["--revision", "main"], ["--revision", "a" * 40]])
+def test_a_hub_id_offline_from_its_cache(checkpoint: Callable[[str], Path], tmp_path: Path, revision: list[str]) -> None:
+    hub_cache(tmp_path, checkpoint("flan"))
+    done = run_export(tmp_path, "someone/tiny-t5", *revision)
+    assert done.returncode == 0, done.stderr
+    source = json.loads((tmp_path / "model" / "manifest.json").read_text())["source"]
+    assert source["repository"] == "someone/tiny-t5"
+    assert source["commit"] == "a" * 40
+    assert source["weights"]["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["someone/other"],
+            "someone/other: no such folder, and the Hub cannot be reached and its cache does not have it",
+        ),
+        (["someone/tiny-t5", "--revision", "old"], "the Hub cannot be reached and its cache"),
+        (["./none"], "./none: neither a folder nor a Hub id"),
+        (["a/b/c"], "neither a folder nor a Hub id"),
+        (["."], "not a checkpoint: it has no config.json"),
+    ],
+)
+def test_hub_ids_that_are_not_to_be_had(
+    checkpoint: Callable[[str], Path], tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    hub_cache(tmp_path, checkpoint("flan"))
+    done = run_export(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert done.stderr.startswith("ramekin: ")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def run_export(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
+    command = [sys.executable, "-m", "ramekin", "export", *arguments[:1], "model", *arguments[1:]]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)

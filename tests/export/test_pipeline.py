@@ -1,0 +1,202 @@
+"""An export is whole or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ramekin import Engine, SamplingParams
+from ramekin.golden import check
+from ramekin.manifest import FileRecord, Manifest
+from ramekin_export import pipeline
+from ramekin_export.graph import WeightFile
+from ramekin_export.pipeline import export
+from tests.make_runtime_model import TINY, train_tokenizer
+from tests.runtime.conftest import TINY_MODEL
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_manifest_tells_all(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "model"
+    returned = export(str(checkpoint("flan")), out, "int8")
+    manifest = Manifest.load(out)
+    assert manifest == Manifest.from_json(returned.to_json())
+    manifest.check_files(out, hash_up_to=None)
+    assert set(names(out)) == {*manifest.files, "manifest.json"}
+    assert manifest.dims.head_dim == 24
+    assert (manifest.dims.encoder_layers, manifest.dims.decoder_layers) == (3, 2)
+    assert manifest.tokens.named["<extra_id_0>"] == 499
+    assert manifest.source["weights"]["model.safetensors"] == FileRecord.of(checkpoint("flan") / "model.safetensors").sha256
+    assert manifest.tools["onnxruntime"]
+    assert manifest.opset == 18
+    assert check(Engine.load(out), manifest.golden) < 1e-4
+
+
+def test_an_existing_folder_is_replaced_only_by_force(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    out, source = tmp_path / "model", str(checkpoint("flan"))
+    export(source, out, "fp32")
+    before = (out / "manifest.json").read_text()
+    with pytest.raises(FileExistsError, match="--force replaces it"):
+        export(source, out, "int8")
+    assert (out / "manifest.json").read_text() == before
+    export(source, out, "int8", force=True)
+    assert Manifest.load(out).precision == "int8"
+    assert names(tmp_path) == ["model"]
+
+
+def test_force_replaces_nothing_but_models(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="is not a model folder"):
+        export(str(checkpoint("flan")), tmp_path / "thesis", force=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="is not a model folder"):
+        export(str(checkpoint("flan")), tmp_path / "file", force=True)
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_disk_that_fills_leaves_nothing(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    force: bool,
+) -> None:
+    out, source = tmp_path / "model", str(checkpoint("flan"))
+    if force:
+        export(source, out, "fp32")
+    real, calls = WeightFile.add, []
+
+    def failing(self: WeightFile, name: str, array: np.ndarray, parameters: int) -> object:
+        calls.append(name)
+        if len(calls) == 30:
+            raise error
+        return real(self, name, array, parameters)
+
+    monkeypatch.setattr(WeightFile, "add", failing)
+    with pytest.raises(type(error)):
+        export(source, out, "int8", force=True)
+    assert names(tmp_path) == (["model"] if force else [])
+    if force:
+        assert Manifest.load(out).precision == "fp32"
+        Engine.load(out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_leaves_nothing(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    code = f"""
+import sys, time
+from ramekin_export import pipeline
+real = pipeline.build_decoder
+def slow(*arguments):
+    print("decoder", flush=True); time.sleep(30)
+    return real(*arguments)
+pipeline.build_decoder = slow
+from ramekin.cli import main
+main(["export", {str(checkpoint("flan"))!r}, {str(tmp_path / "model")!r}])
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "decoder\n"
+        assert any(".partial" in name for name in names(tmp_path))
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "stopped" in err
+    assert "Traceback" not in err
+    assert names(tmp_path) == []
+
+
+def test_wrong_arguments(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision must be one of fp32, int8, int4, not 'int3'"):
+        export(str(checkpoint("flan")), tmp_path / "model", "int3")
+    with pytest.raises(ValueError, match="prompt template: unknown field"):
+        export(str(checkpoint("flan")), tmp_path / "model", prompt="{year}")
+
+
+def test_generation_defaults_come_from_the_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    settings = {
+        "top_p": 0.8,
+        "temperature": 0.9,
+        "max_new_tokens": 33,
+        "eos_token_id": [1, 7],
+        "transformers_version": "4.57",
+    }
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    manifest = export(str(folder), tmp_path / "model", "fp32")
+    assert manifest.generation == {"top_p": 0.8, "temperature": 0.9, "max_new_tokens": 33}
+    assert manifest.tokens.eos == (1, 7)
+    params = Engine.load(tmp_path / "model").params(seed=1)
+    assert params == SamplingParams(top_p=0.8, temperature=0.9, max_new_tokens=33, seed=1)
+
+
+def test_progress_reaches_the_end(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    for variant in ("flan", "v1.0"):
+        told.clear()
+        export(
+            str(checkpoint(variant)),
+            tmp_path / variant,
+            "int4",
+            progress=lambda done, total: told.append((done, total)),
+        )
+        done, total = sum(done for done, _ in told), told[0][1]
+        assert len({total for _, total in told}) == 1
+        assert total <= done < 1.05 * total  # the total leaves norms and biases out
+
+
+def test_progress_is_for_terminals(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ramekin", "export", str(checkpoint("flan")), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].endswith("MB")
+    assert "\r" not in done.stderr
+    assert "%" not in done.stderr
+
+
+def test_no_onnxruntime_no_golden_run(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert pipeline.export(str(checkpoint("flan")), tmp_path / "model", "fp32").golden == {}
+
+
+def test_graphs_are_ordinary_onnx(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    import onnx
+
+    for precision in ("fp32", "int8", "int4"):
+        export(str(checkpoint("flan")), tmp_path / precision, precision)
+        for graph in ("encoder", "decoder"):
+            onnx.checker.check_model(str(tmp_path / precision / f"{graph}.onnx"), full_check=False)
+
+
+def test_the_runtimes_tiny_model_is_up_to_date(tmp_path: Path) -> None:
+    """`python -m tests.make_runtime_model` makes it anew."""
+    from benchmarks.random_checkpoint import write_checkpoint
+
+    folder = write_checkpoint(tmp_path / "checkpoint", TINY, train_tokenizer(tmp_path / "spiece.model"))
+    fresh, kept = export(str(folder), tmp_path / "model", "fp32"), Manifest.load(TINY_MODEL)
+    assert (fresh.format_version, fresh.dims, fresh.recipe) == (kept.format_version, kept.dims, kept.recipe)
+    for graph in ("encoder.onnx", "decoder.onnx"):
+        assert (tmp_path / "model" / graph).read_bytes() == (TINY_MODEL / graph).read_bytes()

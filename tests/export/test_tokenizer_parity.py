@@ -1,0 +1,133 @@
+"""The tokenizer against transformers' T5Tokenizer on the real T5 vocabulary: the same ids, the same text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ramekin import CheckpointError, Paper, build_prompt
+from ramekin.tokenizer import IncrementalDecoder, Tokenizer
+from ramekin_export.vocabulary import write_vocabulary
+
+transformers = pytest.importorskip("transformers")
+
+HARD = [
+    "",
+    " ",
+    "   ",
+    "hello world",
+    " hello  world ",
+    "a\tb\nc\r\nd",
+    "a\n\n b",
+    "<extra_id_0>",
+    "x <extra_id_0> y <extra_id_99>.",
+    "x<extra_id_0>y",
+    "<extra_id_0><extra_id_1> <extra_id_2>",
+    "<extra_id_100>",
+    "foo</s>bar",
+    "foo </s> bar",
+    "<pad>x",
+    "<unk> z",
+    "<s>",
+    "\U0001f600 hi \U0001f1e9\U0001f1ea\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\u65e5\u672c\u8a9e \u30c6\u30b9\u30c8 \u4f60\u597d",
+    "\u043f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627",
+    "\ufb01ne \u2460 \u00bd \u2126",
+    "\u00a0x\u200b y\u3000z\ufeff",
+    "\u2581x \u2581",
+    "e\u0301 vs \u00e9",
+    "{a} ~ ^ \\ `",
+    "What is it? [SEP] A net. [SEP]",
+    "a" * 300,
+    "\x00\x01\x1f",
+    "<extra_id_0",
+    "extra_id_0>",
+    "12,345.67 % $5 \u20ac3 \u00df \u0130",
+]
+CONFIG = {"vocab_size": 32128, "decoder_start_token_id": 0}
+
+
+def load(folder: Path, out: Path) -> Tokenizer:
+    return Tokenizer.load(out, write_vocabulary(folder, CONFIG, {}, out))
+
+
+@pytest.fixture(scope="module")
+def real(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    shutil.copy(shared_data / "flan_t5_tokenizer" / "spiece.model", folder)
+    reference = getattr(transformers, "T5TokenizerFast", transformers.T5Tokenizer)
+    return load(folder, folder / "ours.model"), reference.from_pretrained(folder)
+
+
+def papers(shared_data: Path) -> Iterator[Paper]:
+    for file in sorted((shared_data / "papers").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").split("\n"):
+            if line.strip():
+                yield Paper.from_mapping(json.loads(line))
+
+
+@pytest.mark.parametrize("text", HARD, ids=ascii)
+def test_hard_strings(real: tuple[Tokenizer, Any], text: str) -> None:
+    ours, theirs = real
+    ids = theirs(text).input_ids
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_all_papers(real: tuple[Tokenizer, Any], shared_data: Path) -> None:
+    ours, theirs = real
+    count = 0
+    for paper in papers(shared_data):
+        for text in (paper.title, paper.abstract, paper.introduction, build_prompt(paper)):
+            ids = theirs(text).input_ids
+            assert ours.encode(text) == ids
+            decoded = ours.decode(ids)
+            assert decoded == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            count += 1
+    assert count == 4 * 230
+
+
+def test_every_id_decodes(real: tuple[Tokenizer, Any]) -> None:
+    """The ids from 32,100 on have no text, the sentinels before them are silent."""
+    ours, theirs = real
+    for i in range(3, 32128):
+        expected = "" if i >= 32100 else theirs.decode([i, 5], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert ours.decode([i, 5] if i < 32100 else [i]) == expected, i
+
+
+def test_incremental_decoding_of_papers(real: tuple[Tokenizer, Any], shared_data: Path) -> None:
+    ours, _ = real
+    for paper in list(papers(shared_data))[::10]:
+        ids, decoder = ours.encode(paper.abstract)[:200], IncrementalDecoder(ours)
+        assert "".join([*(decoder.push(i) for i in ids), decoder.finish()]) == ours.decode(ids)
+
+
+def test_a_checkpoint_with_tokenizer_json_alone(real: tuple[Tokenizer, Any], shared_data: Path, tmp_path: Path) -> None:
+    """Its `spiece.model` is made, and agrees with the true one."""
+    shutil.copy(shared_data / "flan_t5_tokenizer" / "tokenizer.json", tmp_path)
+    made = load(tmp_path, tmp_path / "made.model")
+    for text in [*HARD, *(build_prompt(paper) for paper in papers(shared_data))]:
+        assert made.encode(text) == real[0].encode(text)
+        assert made.decode(made.encode(text)) == real[0].decode(real[0].encode(text))
+
+
+def test_a_tokenizer_json_that_sentencepiece_cannot_follow(shared_data: Path, tmp_path: Path) -> None:
+    raw = json.loads((shared_data / "flan_t5_tokenizer" / "tokenizer.json").read_text())
+    raw["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="no SentencePiece model agrees with it"):
+        load(tmp_path, tmp_path / "made.model")
+    raw["model"] = {"type": "BPE"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="only Unigram"):
+        load(tmp_path, tmp_path / "made.model")
+
+
+def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no spiece.model and no tokenizer.json"):
+        load(tmp_path, tmp_path / "made.model")

@@ -1,0 +1,328 @@
+"""The design's table of bad input, row by row: one clear line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ramekin import (
+    Engine,
+    FormatVersionError,
+    ModelFormatError,
+    ModelNotFoundError,
+    RuntimeVersionError,
+    VerificationError,
+    golden,
+    session,
+)
+from ramekin.manifest import FileRecord, Manifest
+from ramekin.onnxfile import external_locations
+from tests.runtime.conftest import TINY_MODEL
+
+
+def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+    """The command in a process of its own: status, stdout, stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ramekin", *arguments], input=stdin, capture_output=True, timeout=120, check=False
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], None], rehash: bool = False) -> None:
+    """Change a manifest; with `rehash` also as somebody would who wants to deceive."""
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    if rehash:
+        for name in raw["files"]:
+            if (folder / name).is_file():
+                record = FileRecord.of(folder / name)
+                raw["files"][name] = {"bytes": record.bytes, "sha256": record.sha256}
+    path.write_text(json.dumps(raw))
+
+
+# Missing file, a folder that is not a model
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match="no such model folder"):
+        Engine.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError):
+        Engine.load(tmp_path / "none")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelFormatError, match=r"not a ramekin model folder \(it has no manifest.json\)"):
+        Engine.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "not JSON"),
+        ("[]", "no format_version"),
+        ('{"format_version": 99}', "format version 99, but this ramekin reads 1"),
+        ('{"format_version": 1}', "not a complete manifest"),
+        ('{"format_version": 1, "dims": 3}', "not a complete manifest"),
+    ],
+)
+def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
+    (model_copy / "manifest.json").write_text(text)
+    with pytest.raises(ModelFormatError, match=says) as caught:
+        Engine.load(model_copy)
+    assert isinstance(caught.value, FormatVersionError) == ("99" in text)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw["dims"].update(num_heads=0), "dims.num_heads"),
+        (lambda raw: raw["dims"].update(decoder_layers=2), "does not belong to this manifest"),
+        (lambda raw: raw["tokens"].update(eos=[]), "at least one eos"),
+        (lambda raw: raw["tokens"].update(start=9999), "outside the vocabulary"),
+        (lambda raw: raw["files"].pop("decoder.onnx"), "must list decoder.onnx"),
+        (lambda raw: raw.update(max_source_tokens=0), "max_source_tokens"),
+        (lambda raw: raw.update(surprise=1), "not a complete manifest"),
+        (lambda raw: raw["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
+    ],
+)
+def test_manifests_that_contradict_themselves(model_copy: Path, change: Callable[[dict[str, Any]], None], says: str) -> None:
+    rewrite(model_copy, change)
+    with pytest.raises(ModelFormatError, match=says):
+        Engine.load(model_copy)
+
+
+# Truncated, swapped or altered model files
+
+FILES = ["encoder.onnx", "encoder.bin", "decoder.onnx", "decoder.bin", "embedding.bin", "spiece.model"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_are_named(model_copy: Path, name: str) -> None:
+    path = model_copy / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ModelFormatError, match=f"{name}: {len(content) - 1} bytes instead of {len(content)}"):
+        Engine.load(model_copy)
+    path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.raises(ModelFormatError, match=f"{name}: altered since the export"):
+        Engine.load(model_copy)
+    path.unlink()
+    with pytest.raises(ModelFormatError, match=f"{name}: missing"):
+        Engine.load(model_copy)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "decoder.onnx", "spiece.model"])
+def test_files_that_are_something_else(model_copy: Path, name: str) -> None:
+    """Even with a manifest that was made to fit."""
+    for content in (b"not at all", b"", bytes(range(256)) * 9):
+        (model_copy / name).write_bytes(content)
+        rewrite(model_copy, lambda _: None, rehash=True)
+        with pytest.raises(ModelFormatError):
+            Engine.load(model_copy)
+
+
+@pytest.mark.parametrize(("one", "other"), [("encoder.onnx", "decoder.onnx"), ("encoder.bin", "decoder.bin")])
+def test_swapped_files(model_copy: Path, one: str, other: str) -> None:
+    (model_copy / one).rename(model_copy / "x")
+    (model_copy / other).rename(model_copy / one)
+    (model_copy / "x").rename(model_copy / other)
+    with pytest.raises(ModelFormatError, match=r"(en|de)coder"):
+        Engine.load(model_copy)
+    rewrite(model_copy, lambda _: None, rehash=True)
+    with pytest.raises((ModelFormatError, VerificationError)):
+        golden.check(Engine.load(model_copy), Manifest.load(model_copy).golden)
+
+
+def test_verify_notices_what_a_fitting_manifest_hides(model_copy: Path) -> None:
+    path = model_copy / "decoder.bin"
+    content = bytearray(path.read_bytes())
+    content[-9000:] = bytes(9000)
+    path.write_bytes(content)
+    rewrite(model_copy, lambda _: None, rehash=True)
+    status, _, err = run("verify", str(model_copy))
+    assert status == 1
+    assert "golden run: log-probabilities differ by" in err
+    assert err.count("\n") == 1
+
+
+# An untrusted model folder
+
+
+@pytest.mark.parametrize("location", [b"/etc/hostname", b"../../../x.bin", b"encoder.bi\x00", b"manifest.json"])
+def test_graphs_that_reach_out_of_the_folder(model_copy: Path, location: bytes) -> None:
+    path = model_copy / "encoder.onnx"
+    content = path.read_bytes()
+    old, padded = b"encoder.bin", location
+    assert old in content
+    # Every length in the file would change with the name, so the new name gets the same length, where it is not longer.
+    if len(padded) <= len(old):
+        padded = padded + b" " * (len(old) - len(padded))
+        path.write_bytes(content.replace(old, padded))
+    else:
+        path.write_bytes(graph_with_external_data(location))
+    rewrite(model_copy, lambda _: None, rehash=True)
+    with pytest.raises(ModelFormatError, match="asks for weights in"):
+        Engine.load(model_copy)
+
+
+def field(number: int, payload: bytes) -> bytes:
+    assert len(payload) < 128
+    return bytes([number << 3 | 2, len(payload)]) + payload
+
+
+def graph_with_external_data(location: bytes) -> bytes:
+    """A ModelProto whose one tensor, hidden in a node's attribute of a nested graph, names a file."""
+    entry = field(1, b"location") + field(2, location)
+    attribute = field(5, field(13, entry))
+    graph = field(1, field(5, attribute))
+    return field(7, field(1, field(5, field(6, graph))))
+
+
+def test_external_data_is_found_wherever_it_hides() -> None:
+    assert external_locations(graph_with_external_data(b"/x")) == {"/x"}
+    assert external_locations((TINY_MODEL / "decoder.onnx").read_bytes()) == {"decoder.bin", "embedding.bin"}
+
+
+@pytest.mark.parametrize("content", [b"\x3a\x7f", b"\xff" * 20, b"\x3b\x00", b"\x3a\x02\x0a", b"\x39\x00"])
+def test_bytes_that_are_no_message(content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"truncated|wire type|ten bytes"):
+        external_locations(content)
+
+
+def test_a_graph_nested_without_end() -> None:
+    content = b""
+    for _ in range(40):
+        content = field(1, field(5, field(6, content))) if len(content) < 110 else content
+    deep = content
+    for _ in range(60):
+        deep = b"".join([b"\x32", varint(len(deep)), deep])
+        deep = b"".join([b"\x2a", varint(len(deep)), deep])
+        deep = b"".join([b"\x0a", varint(len(deep)), deep])
+    with pytest.raises(ValueError, match="nested too deeply"):
+        external_locations(b"\x3a" + varint(len(deep)) + deep)
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+@pytest.mark.skipif(not hasattr(os, "symlink"), reason="needs symbolic links")
+def test_links_that_leave_the_folder(model_copy: Path, tmp_path: Path) -> None:
+    shutil.move(model_copy / "encoder.bin", tmp_path / "encoder.bin")
+    (model_copy / "encoder.bin").symlink_to(tmp_path / "encoder.bin")
+    with pytest.raises(ModelFormatError, match="a link that leaves the model folder"):
+        Engine.load(model_copy)
+
+
+# onnxruntime
+
+
+@pytest.mark.parametrize("version", ["1.22.1", "1.23.1", "2.0.0", "0.9"])
+def test_unsupported_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(session.onnxruntime(), "__version__", version)
+    with pytest.raises(RuntimeVersionError, match=r"not supported: pip install 'onnxruntime>="):
+        session.onnxruntime()
+
+
+def test_missing_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(RuntimeVersionError, match=r"pip install 'ramekin\[cpu\]'"):
+        Engine.load(TINY_MODEL)
+
+
+def test_a_host_with_a_thread_pool_for_the_whole_process() -> None:
+    code = f"""
+import onnxruntime, ramekin
+onnxruntime.set_global_thread_pool_sizes(2, 1)
+options = onnxruntime.SessionOptions(); options.use_per_session_threads = False
+onnxruntime.InferenceSession({str(TINY_MODEL / "encoder.onnx")!r}, options)
+print(len(ramekin.Engine.load({str(TINY_MODEL)!r}).generate("x", ramekin.SamplingParams(n=2, seed=1))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2\n"
+
+
+def test_loading_leaves_other_sessions_and_floats_alone() -> None:
+    """A library must not change its host: sessions opened before and after work, and tiny floats stay what they are."""
+    code = f"""
+import onnxruntime, ramekin
+before = onnxruntime.InferenceSession({str(TINY_MODEL / "encoder.onnx")!r})
+ramekin.Engine.load({str(TINY_MODEL)!r}).generate("x")
+after = onnxruntime.InferenceSession({str(TINY_MODEL / "encoder.onnx")!r})
+print(5e-324 > 0, bool(after))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "True True\n"
+
+
+# The commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["generate", "none"], 1, "no such model folder"),
+        (["generate", "{tmp}"], 1, "not a ramekin model folder"),
+        (["generate", "{model}", "none.txt"], 1, "none.txt: cannot be read: No such file"),
+        (["generate", "{model}", "{tmp}/latin1.txt"], 1, "latin1.txt: not UTF-8 text (byte 1)"),
+        (["generate", "{model}", "{tmp}/broken.jsonl"], 1, "broken.jsonl, line 2: not JSON"),
+        (["generate", "{model}", "{tmp}/numbers.jsonl"], 1, "numbers.jsonl, line 1: expected a text or an object"),
+        (["questions", "{model}", "none.json"], 1, "none.json: cannot be read"),
+        (["questions", "{model}", "{tmp}/latin1.txt"], 1, "not UTF-8"),
+        (["questions", "{model}", "{tmp}/text.txt"], 1, "not a paper"),
+        (["questions", "{model}", "{tmp}/numbers.jsonl"], 1, "line 1: expected a JSON object"),
+        (["generate", "{model}", "--top-p", "0"], 2, "top_p must be a number above 0 and at most 1, not 0.0"),
+        (["generate", "{model}", "--temperature", "-1"], 2, "temperature must be a number above 0"),
+        (["generate", "{model}", "--temperature", "nan"], 2, "temperature must be"),
+        (["generate", "{model}", "-n", "0"], 2, "n must be from 1"),
+        (["generate", "{model}", "-n", "many"], 2, "'many' is not a valid integer"),
+        (["generate", "{model}", "--threads", "0"], 2, "threads"),
+        (["generate", "{model}", "{tmp}/text.txt", "--max-source-tokens", "4", "--on-long", "error"], 1, "was cut"),
+        (["generate"], 2, "Missing argument 'MODEL'"),
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["info", "none"], 1, "no such model folder"),
+        (["verify", "{tmp}"], 1, "not a ramekin model folder"),
+    ],
+)
+def test_wrong_commands_say_one_line(arguments: list[str], status: int, says: str, tmp_path: Path) -> None:
+    (tmp_path / "latin1.txt").write_bytes(b"a\xe9b")
+    (tmp_path / "text.txt").write_text("some text that is long enough")
+    (tmp_path / "broken.jsonl").write_text('"fine"\n{\n')
+    (tmp_path / "numbers.jsonl").write_text("3\n")
+    filled = [each.format(tmp=tmp_path, model=TINY_MODEL) for each in arguments]
+    found, out, err = run(*filled)
+    assert (found, out) == (status, "")
+    assert says in err
+    assert err.startswith("ramekin: ")
+    assert err.count("\n") == 1
+
+
+def test_long_prompt_on_the_command_line() -> None:
+    status, out, err = run(
+        "generate", str(TINY_MODEL), "--max-source-tokens", "4", "--max-new-tokens", "3", stdin=b"a b c d e f"
+    )
+    assert status == 0
+    assert out
+    assert "was cut to the model's limit of 4" in err
+    assert err.count("\n") == 1
+
+
+def test_truncation_is_a_warning_in_python(engine: Engine) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine.generate("neural " * 2000)
+    assert ["cut" in str(each.message) for each in caught] == [True]

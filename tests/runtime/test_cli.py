@@ -1,0 +1,142 @@
+"""The commands as a person and as a program would use them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.conftest import TINY_MODEL
+from tests.runtime.test_bad_input import run
+
+PAPER = {"title": "T", "abstract": "We propose a parser.", "introduction": "It is new."}
+
+
+@pytest.fixture
+def paper(tmp_path: Path) -> str:
+    path = tmp_path / "paper.json"
+    path.write_text(json.dumps(PAPER))
+    return str(path)
+
+
+def test_help_names_every_command() -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in ("generate", "questions", "info", "verify", "export", "demo"):
+        assert f"  {command} " in out
+    for command in ("generate", "questions", "info", "verify"):
+        status, out, _ = run(command, "--help")
+        assert status == 0
+        assert "Usage: ramekin" in out
+
+
+def test_generate_from_stdin() -> None:
+    first = run("generate", str(TINY_MODEL), "-n", "3", "--seed", "1", stdin=b"a b c\n")
+    assert first[0] == 0
+    assert len(first[1].splitlines()) == 3
+    assert first == run("generate", str(TINY_MODEL), "-", "-n", "3", "--seed", "1", stdin=b"a b c\n")
+
+
+def test_generate_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"one"\n\n{"prompt": "two"}\n')
+    status, out, err = run("generate", str(TINY_MODEL), str(path), "-n", "2", "--seed", "1", "--json")
+    results = [json.loads(line) for line in out.splitlines()]
+    assert (status, err) == (0, "")
+    assert [result["prompt"] for result in results] == ["one", "two"]
+    for result in results:
+        assert [sample["index"] for sample in result["samples"]] == [0, 1]
+        sample = result["samples"][0]
+        assert len(sample["token_ids"]) == len(sample["logprobs"])
+        assert sample["finish_reason"] in ("eos", "length", "stop")
+        assert sample["seed"] == 1
+
+
+def test_stream_prints_the_same_text() -> None:
+    whole = run("generate", str(TINY_MODEL), "--seed", "1", stdin=b"x")
+    assert run("generate", str(TINY_MODEL), "--seed", "1", "--stream", stdin=b"x")[:2] == whole[:2]
+    status, out, _ = run("generate", str(TINY_MODEL), "--seed", "1", "--stream", "-n", "3", stdin=b"x")
+    assert status == 0
+    assert sorted(line[:3] for line in out.splitlines()) == ["[0]", "[1]", "[2]"]
+
+
+def test_questions_json(paper: str) -> None:
+    status, out, _ = run("questions", str(TINY_MODEL), paper, "-n", "3", "--json", "--seed", "2")
+    result = json.loads(out)
+    assert status == 0
+    assert result["title"] == "T"
+    assert [pair["index"] for pair in result["pairs"]] == [0, 1, 2]
+    assert {"question", "answer", "problem", "text", "finish_reason"} <= set(result["pairs"][0])
+
+
+def test_questions_print_what_is_malformed_only_when_asked(paper: str) -> None:
+    status, out, err = run("questions", str(TINY_MODEL), paper, "-n", "3", "--seed", "2")
+    assert (status, out) == (0, "")  # a random model asks nothing
+    assert "3 of 3 samples were not a question and a whole answer; --all prints them" in err
+    assert run("questions", str(TINY_MODEL), paper, "-n", "3", "--seed", "2", "--all")[1].count("(no separator)") == 3
+
+
+def test_many_papers(tmp_path: Path) -> None:
+    path = tmp_path / "papers.jsonl"
+    path.write_text(f"{json.dumps(PAPER)}\n{json.dumps({**PAPER, 'title': 'U'})}\n")
+    status, out, _ = run("questions", str(TINY_MODEL), str(path), "-n", "2", "--json", "--seed", "2")
+    assert status == 0
+    assert [json.loads(line)["title"] for line in out.splitlines()] == ["T", "U"]
+
+
+def test_info_and_verify() -> None:
+    status, out, _ = run("info", str(TINY_MODEL))
+    assert status == 0
+    assert "t5-v1.1" in out
+    assert json.loads(run("info", str(TINY_MODEL), "--json")[1])["dims"]["head_dim"] == 8
+    status, out, _ = run("verify", str(TINY_MODEL))
+    assert status == 0
+    assert "files: 6 intact" in out
+    assert "golden run: log-probabilities within" in out
+
+
+def test_a_reader_that_leaves() -> None:
+    command = f"{sys.executable} -m ramekin generate {TINY_MODEL} -n 50 --seed 1 | head -n 1"
+    done = subprocess.run(command, shell=True, input=b"x", capture_output=True, timeout=60, check=False)
+    assert done.stdout.count(b"\n") == 1
+    assert done.stderr == b""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_prints_the_samples_that_are_finished() -> None:
+    """Samples of the tiny model end early with a low limit; one prompt that runs for long is interrupted."""
+    arguments = [
+        "generate",
+        str(TINY_MODEL),
+        "-n",
+        "64",
+        "--max-new-tokens",
+        "200000",
+        "--top-k",
+        "0",
+        "--seed",
+        "1",
+        "--json",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ramekin", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin
+        process.stdin.write(b"x")
+        process.stdin.close()
+        process.stdin = None
+        time.sleep(2.5)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert json.loads(out)["samples"]
+    assert err.strip() == b"ramekin: stopped"

@@ -1,0 +1,164 @@
+"""The loop on a tiny real model: properties that hold whatever the weights are."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ramekin import Completion, Engine, SamplingParams, Token, TruncationWarning
+from ramekin.cache import Cache
+
+PROMPT = "We propose a new approach to neural parsing."
+
+
+def key(completion: Completion) -> tuple[object, ...]:
+    return completion.index, completion.token_ids, completion.text, completion.finish_reason
+
+
+def sampled(engine: Engine, n: int, **params: object) -> list[Completion]:
+    return engine.generate(PROMPT, SamplingParams(**{"n": n, "seed": 5, "max_new_tokens": 40, "temperature": 2.0, **params}))
+
+
+def test_sample_i_does_not_depend_on_n(engine: Engine) -> None:
+    sixteen = sampled(engine, 16)
+    assert len({completion.token_ids for completion in sixteen}) == 16
+    assert len({len(completion.token_ids) for completion in sixteen}) > 2  # so rows left the batch on the way
+    for n in (1, 4):
+        assert [key(c) for c in sampled(engine, n)] == [key(c) for c in sixteen[:n]]
+
+
+def test_compaction_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same samples when finished rows stay in the batch."""
+    compacted = sampled(engine, 8)
+    moves: list[int] = []
+    keep = Cache.keep
+
+    def watched(self: Cache, rows: list[int]) -> list[int]:
+        moves.append(len(rows))
+        return keep(self, rows)
+
+    monkeypatch.setattr(Cache, "keep", watched)
+    assert [key(c) for c in sampled(engine, 8)] == [key(c) for c in compacted]
+    assert moves
+    assert moves == sorted(moves, reverse=True)
+    alone = [sampled(engine, i + 1)[i] for i in range(8)]
+    assert [key(c) for c in alone] == [key(c) for c in compacted]
+
+
+def test_streamed_samples_are_the_same(engine: Engine) -> None:
+    params = SamplingParams(n=6, seed=5, max_new_tokens=40, temperature=2.0)
+    events = list(engine.stream(PROMPT, params))
+    done = {event.index: event for event in events if isinstance(event, Completion)}
+    assert [key(done[i]) for i in range(6)] == [key(c) for c in engine.generate(PROMPT, params)]
+    for index, completion in done.items():
+        tokens = [event for event in events if isinstance(event, Token) and event.index == index]
+        assert tuple(token.token_id for token in tokens) == completion.token_ids[: len(tokens)]
+        assert completion.text.startswith("".join(token.text for token in tokens))
+    first_done = next(i for i, event in enumerate(events) if isinstance(event, Completion))
+    assert any(isinstance(event, Token) for event in events[first_done:])  # others go on after one has finished
+
+
+def test_seeds(engine: Engine) -> None:
+    assert [key(c) for c in sampled(engine, 2)] == [key(c) for c in sampled(engine, 2)]
+    assert key(sampled(engine, 1)[0]) != key(sampled(engine, 1, seed=6)[0])
+    drawn = sampled(engine, 2, seed=None)
+    assert [key(c) for c in sampled(engine, 2, seed=drawn[0].seed)] == [key(c) for c in drawn]
+
+
+def test_greedy_ignores_the_seed(engine: Engine) -> None:
+    one, other = (sampled(engine, 2, greedy=True, seed=seed) for seed in (1, 2))
+    assert one[0].token_ids == one[1].token_ids == other[0].token_ids
+
+
+def test_limits_and_reasons(engine: Engine) -> None:
+    for completion in sampled(engine, 16, max_new_tokens=12):
+        assert len(completion.token_ids) == len(completion.logprobs) <= 12
+        assert (completion.token_ids[-1] == 1) == (completion.finish_reason == "eos")
+        assert completion.finish_reason == "eos" or len(completion.token_ids) == 12
+    assert {len(c.token_ids) for c in sampled(engine, 8, max_new_tokens=9, min_new_tokens=9)} == {9}
+    assert [len(c.token_ids) for c in sampled(engine, 3, max_new_tokens=1)] == [1, 1, 1]
+
+
+def test_stop_strings(engine: Engine) -> None:
+    whole = sampled(engine, 1, min_new_tokens=30)[0].text
+    stop = whole[10:14]
+    params = {"min_new_tokens": 30, "stop": (stop, "never there")}
+    completion = sampled(engine, 1, **params)[0]
+    assert completion.finish_reason == "stop"
+    assert completion.text == whole[: whole.index(stop)]
+    streamed = engine.stream(PROMPT, SamplingParams(n=1, seed=5, max_new_tokens=40, temperature=2.0, **params))
+    assert stop not in "".join(event.text for event in streamed if isinstance(event, Token))
+
+
+def test_logprobs_are_those_of_score(engine: Engine) -> None:
+    for completion in sampled(engine, 4, top_k=5, temperature=0.7):
+        expected = engine.score(PROMPT, completion.token_ids)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_logits_and_score_agree(engine: Engine) -> None:
+    logits = engine.logits([5, 6, 7, 1], [9, 10, 11])
+    assert logits.shape == (3, 512)
+    assert logits.dtype == np.float32
+    expected = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(engine.score([5, 6, 7, 1], [9, 10, 11]), expected[range(3), [9, 10, 11]], atol=1e-5)
+    np.testing.assert_allclose(engine.logits([5, 6, 7, 1], [9, 400, 3])[1], logits[1], atol=1e-6)  # causal
+
+
+def test_long_prompts_are_cut_with_a_warning(engine: Engine) -> None:
+    short = Engine(engine.model, engine.tokenizer, replace(engine.manifest, max_source_tokens=8))
+    with pytest.warns(TruncationWarning, match=r"has \d+ tokens; its end was cut to the model's limit of 8"):
+        ids = short.source_ids(PROMPT)
+    assert len(ids) == 8
+    assert ids[-1] == 1  # eos stays, as with transformers
+    with pytest.warns(TruncationWarning):
+        assert short.source_ids(list(range(20))).tolist() == list(range(8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.source_ids(PROMPT)
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "\u65e5\u672c\u8a9e", "<extra_id_0>", [1], [2, 2, 2], np.array([3, 1])])
+def test_odd_prompts_work(engine: Engine, prompt: object) -> None:
+    assert engine.generate(prompt, SamplingParams(max_new_tokens=3, seed=0))[0].token_ids  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ids", [[], [-1], [512], [1.5], [[1]], np.zeros((1, 2), int)])
+def test_wrong_ids_are_refused(engine: Engine, ids: object) -> None:
+    with pytest.raises(ValueError, match="token ids"):
+        engine.generate(ids)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="token ids"):
+        engine.logits([3, 1], ids)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_change_samples(engine: Engine, threads: int) -> None:
+    from tests.runtime.conftest import TINY_MODEL
+
+    other = Engine.load(TINY_MODEL, threads=threads)
+    assert [key(c) for c in sampled(other, 3)] == [key(c) for c in sampled(engine, 3)]
+
+
+@pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"threads": 0}, {"max_source_tokens": 0}])
+def test_wrong_load_arguments(arguments: dict[str, object]) -> None:
+    from tests.runtime.conftest import TINY_MODEL
+
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Engine.load(TINY_MODEL, **arguments)  # type: ignore[arg-type]
+
+
+def test_model_defaults_come_before_the_usual_ones(engine: Engine) -> None:
+    tuned = Engine(engine.model, engine.tokenizer, replace(engine.manifest, generation={"top_k": 3, "max_new_tokens": 7}))
+    assert (tuned.params().top_k, tuned.params().max_new_tokens, tuned.params().top_p) == (3, 7, 0.95)
+    assert tuned.params(top_k=9).top_k == 9
+
+
+def test_the_cache_cannot_overflow(engine: Engine) -> None:
+    cache = engine.model.new_cache(engine.model.prefill([5, 1]), rows=1, capacity=2, candidates=1)
+    for _ in range(2):
+        engine.model.step([0], cache)
+    with pytest.raises(ValueError, match="full"):
+        engine.model.step([0], cache)

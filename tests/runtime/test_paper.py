@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ramekin import Paper, PaperError, QAPair, build_prompt
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "answer", "problem"),
+    [
+        ("What is it?[SEP] A net.", "What is it?", "A net.", None),
+        ("  What  is\nit? [SEP]A<n>net. ", "What is it?", "A net.", None),
+        ("What? [SEP] One. [SEP] Two.", "What?", "One.", "more than one separator"),
+        ("What is it?", "What is it?", "", "no separator"),
+        ("A net.", "", "A net.", "no separator"),
+        ("", "", "", "no separator"),
+        ("[SEP] A net.", "", "A net.", "empty question"),
+        ("What? [SEP]", "What?", "", "empty answer"),
+        ("[SEP]", "", "", "empty question"),
+    ],
+)
+def test_question_answer_pairs(text: str, question: str, answer: str, problem: str | None) -> None:
+    pair = QAPair.parse(text)
+    assert (pair.question, pair.answer, pair.problem) == (question, answer, problem)
+    assert pair.well_formed == (problem is None)
+
+
+def test_a_pair_that_was_cut() -> None:
+    assert QAPair.parse("What? [SEP] A net that", cut=True).problem == "cut at the limit"
+    assert QAPair.parse("What is", cut=True).problem == "no separator"
+
+
+EXPECTED = Paper("A Title", "We propose. It works.", "Much has been said.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"title": "A Title", "abstract": EXPECTED.abstract, "introduction": EXPECTED.introduction, "id": 3}),
+        "A Title\n\nAbstract\nWe propose.\nIt works.\n\nIntroduction\nMuch has been said.\n",
+        "# A Title\n\n## Abstract\n\nWe propose. It works.\n\n## 1. Introduction\nMuch has\nbeen said.\n\n"
+        "## 2 Related Work\nNo.",
+        "A Title\nAbstract: We propose. It works.\n1 Introduction\nMuch has been said.\n2 Method\nNo.",
+        "A Title\n**Abstract**\nWe propose. It works.\nI. INTRODUCTION\nMuch has been said.\nII. Method\nNo.",
+        "A Title\nABSTRACT \u2014 We propose. It works.\r\nINTRODUCTION\r\nMuch has been said.",
+    ],
+)
+def test_papers_in_every_form(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "paper"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert Paper.read(path) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"", "not a paper"),
+        (b"Just some text about nothing.", "heading Abstract or Introduction"),
+        (b"{broken", "neither JSON"),
+        (b"{}", "needs an abstract"),
+        (b'{"abstract": 3}', "abstract must be a text"),
+        (b'{"title": "x", "abstract": " "}', "needs an abstract"),
+        (b"\x00\x01\x02", "not a paper"),
+    ],
+)
+def test_what_is_not_a_paper(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "paper.txt"
+    path.write_bytes(content)
+    with pytest.raises(PaperError, match=says) as caught:
+        Paper.read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_paper(tmp_path: Path) -> None:
+    with pytest.raises(PaperError, match="cannot be read: No such file"):
+        Paper.read(tmp_path / "none.json")
+    with pytest.raises(PaperError, match="cannot be read: Is a directory"):
+        Paper.read(tmp_path)
+
+
+def test_prompt_is_the_model_cards() -> None:
+    assert build_prompt(EXPECTED) == (
+        "Generate Question, Answer pair correspond to the following research paper. [Abstract] We propose. It works. "
+        "[Introduction] Much has been said. Question, Answer:"
+    )
+
+
+def test_braces_in_a_paper_are_text() -> None:
+    assert build_prompt(Paper("{x}", "{abstract}", "}{"), "{{{title}}} {abstract}{introduction}") == "{{x}} {abstract}}{"
+
+
+@pytest.mark.parametrize("template", ["{year}", "{abstract.__class__}", "{abstract!r}", "{abstract", "{0}", "{abstract:>9}"])
+def test_wrong_templates(template: str) -> None:
+    with pytest.raises(ValueError, match="prompt template"):
+        build_prompt(EXPECTED, template)
