@@ -246,7 +246,7 @@ def info(model: Path, as_json: bool) -> None:
             "generation",
             ", ".join(f"{name}={value}" for name, value in manifest.generation.items()) or "the usual defaults",
         ),
-        ("onnxruntime", manifest.onnxruntime),
+        ("onnxruntime", str(manifest.onnxruntime)),
         *((f"source {name}", str(value)) for name, value in manifest.source.items()),
         *((f"recipe {name}", str(value)) for name, value in manifest.recipe.items()),
         *((f"quality {name}", str(value)) for name, value in manifest.quality.items()),

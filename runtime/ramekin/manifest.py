@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,9 +16,6 @@ from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundEr
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
-
-SUPPORTED_ONNXRUNTIME = ((1, 23, 2), (2, 0, 0))
-"""Oldest version that the graphs were tested with, and the first that is refused."""
 
 DEFAULT_PROMPT = (
     "Generate Question, Answer pair correspond to the following research paper. "
@@ -85,6 +83,29 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VersionRange:
+    """Versions of onnxruntime that compute the graphs rightly: the oldest that was tried, and the first that was not."""
+
+    at_least: str = "1.23.2"
+    below: str = "2.0.0"
+
+    def __post_init__(self) -> None:
+        for text in (self.at_least, self.below):
+            if not isinstance(text, str) or not re.fullmatch(r"\d+\.\d+\.\d+", text):
+                raise ModelFormatError(f"onnxruntime must be a range of versions such as 1.23.2, not {text!r}")
+
+    def __contains__(self, version: str) -> bool:
+        return _numbers(self.at_least) <= _numbers(version) < _numbers(self.below)
+
+    def __str__(self) -> str:
+        return f">={self.at_least},<{self.below}"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileRecord:
     """Size in bytes and SHA-256 (hexadecimal) of one file of the folder."""
 
@@ -117,7 +138,7 @@ class Manifest:
     source: Mapping[str, Any] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
     opset: int = 18
-    onnxruntime: str = ">=1.23.2,<2"
+    onnxruntime: VersionRange = VersionRange()  # frozen
     golden: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
@@ -158,6 +179,7 @@ class Manifest:
         try:
             raw["dims"] = Dims(**raw["dims"])
             raw["tokens"] = SpecialTokens(**raw["tokens"])
+            raw["onnxruntime"] = VersionRange(**raw["onnxruntime"])
             raw["files"] = {name: FileRecord(**record) for name, record in raw["files"].items()}
             return cls(**raw)
         except (TypeError, KeyError, AttributeError) as error:

@@ -49,10 +49,9 @@ class Logits:
 class Model:
     """An encoder and a decoder graph that agree with a manifest."""
 
-    def __init__(self, encoder: Any, decoder: Any, manifest: Manifest) -> None:
+    def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest) -> None:
         self.dims = manifest.dims
-        self._ort = onnxruntime()
-        self._encoder, self._decoder = encoder, decoder
+        self._ort, self._encoder, self._decoder = ort, encoder, decoder
         layers = self.dims.decoder_layers
         self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
         _check_names(ENCODER, encoder, {INPUT_IDS}, {ENCODER_HIDDEN, *self._cross})
@@ -65,10 +64,12 @@ class Model:
 
         Raises:
             ModelFormatError: a graph cannot be loaded, or does not agree with the manifest.
+            RuntimeVersionError: onnxruntime is missing or of a version that the model does not support.
         """
-        files = frozenset(manifest.files)
-        encoder = open_session(folder / ENCODER, files, provider, threads, rests=True)
-        return cls(encoder, open_session(folder / DECODER, files, provider, threads, rests=False), manifest)
+        ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
+        encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True)
+        decoder = open_session(ort, folder / DECODER, files, provider, threads, rests=False)
+        return cls(ort, encoder, decoder, manifest)
 
     def prefill(self, source_ids: Sequence[int] | npt.NDArray[np.int64]) -> Cross:
         """Encode a prompt of S tokens and project it to every decoder layer's cross-attention keys and values."""

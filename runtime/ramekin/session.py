@@ -5,33 +5,29 @@ from __future__ import annotations
 import importlib
 import math
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from ramekin.errors import ModelFormatError, RuntimeVersionError
-from ramekin.manifest import SUPPORTED_ONNXRUNTIME
+from ramekin.manifest import VersionRange
 from ramekin.onnxfile import external_locations
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
 
 
-def onnxruntime() -> Any:
+def onnxruntime(supported: VersionRange) -> Any:
     """The onnxruntime module, imported here and now.
 
     Raises:
-        RuntimeVersionError: it is not installed, or of a version that the graphs were not tested with.
+        RuntimeVersionError: it is not installed, or of a version that the graphs were not tried with.
     """
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise RuntimeVersionError(f"onnxruntime cannot be imported ({error}): pip install 'ramekin[cpu]'") from error
-    oldest, refused = SUPPORTED_ONNXRUNTIME
-    found = tuple(int(part) for part in re.findall(r"\d+", module.__version__)[:3])
-    if not oldest <= found < refused:
+    if module.__version__ not in supported:
         raise RuntimeVersionError(
-            f"onnxruntime {module.__version__} is not supported: "
-            f"pip install 'onnxruntime>={'.'.join(map(str, oldest))},<{refused[0]}'"
+            f"onnxruntime {module.__version__} is not supported by this model: pip install 'onnxruntime{supported}'"
         )
     return module
 
@@ -73,13 +69,14 @@ def _cgroup_folders(proc: Path, cgroup: Path) -> list[Path]:
     return folders
 
 
-def open_session(path: Path, files: frozenset[str], provider: str, threads: int, rests: bool) -> Any:
+def open_session(ort: Any, path: Path, files: frozenset[str], provider: str, threads: int, rests: bool) -> Any:
     """Open one graph of a model folder.
 
     Each session has threads of its own. A pool for the whole process would spare a few, but once one exists, every
     other onnxruntime session in the process fails unless it asks for that pool: a library must not do that to its host.
 
     Args:
+        ort: the onnxruntime module.
         path: the `.onnx` file.
         files: names of the folder's files; weights may lie in no other place.
         provider: a key of `PROVIDERS`.
@@ -89,7 +86,6 @@ def open_session(path: Path, files: frozenset[str], provider: str, threads: int,
     Raises:
         ModelFormatError: the file is not a graph that onnxruntime can load, or asks for files outside the folder.
     """
-    ort = onnxruntime()
     try:
         strangers = external_locations(path.read_bytes()) - files
     except ValueError as error:

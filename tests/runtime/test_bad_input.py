@@ -22,7 +22,6 @@ from ramekin import (
     RuntimeVersionError,
     VerificationError,
     golden,
-    session,
 )
 from ramekin.manifest import FileRecord, Manifest
 from ramekin.onnxfile import external_locations
@@ -91,6 +90,7 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw["tokens"].update(start=9999), "outside the vocabulary"),
         (lambda raw: raw["files"].pop("decoder.onnx"), "must list decoder.onnx"),
         (lambda raw: raw.update(max_source_tokens=0), "max_source_tokens"),
+        (lambda raw: raw.update(onnxruntime={"at_least": "new"}), "onnxruntime must be a range of versions"),
         (lambda raw: raw.update(surprise=1), "not a complete manifest"),
         (lambda raw: raw["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
     ],
@@ -233,9 +233,11 @@ def test_links_that_leave_the_folder(model_copy: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", ["1.22.1", "1.23.1", "2.0.0", "0.9"])
 def test_unsupported_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(session.onnxruntime(), "__version__", version)
-    with pytest.raises(RuntimeVersionError, match=r"not supported: pip install 'onnxruntime>="):
-        session.onnxruntime()
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", version)
+    with pytest.raises(RuntimeVersionError, match=rf"onnxruntime {version} is not supported .*'onnxruntime>=1.23.2,<2.0.0'"):
+        Engine.load(TINY_MODEL)
 
 
 def test_missing_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
