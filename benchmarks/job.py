@@ -2,8 +2,9 @@
 
     python -m benchmarks.job MODEL [-n 16] [--source 900] [--tokens 100] [--threads 2] [--profile]
 
-`first_token_s` is from the call to the first token of all samples (encoder and first step); a step is the time between the
-tokens of one sample; `python_share` is the part of a step that is not spent in onnxruntime. Loading is not in the job's time.
+`first_token_s` is from the call to the first token of all samples (encoder and first step); a step is the time between
+two tokens of one sample; `python_share` is the part of a step that is not spent in onnxruntime. Loading is not in the
+job's time.
 `--profile` runs the job again with onnxruntime's profiler, which slows it, and adds up kernel times by operator.
 """
 
