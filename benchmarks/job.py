@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ramekin import Engine, SamplingParams
+from ramekin import Engine, SamplingParams, Token
 from ramekin.manifest import DECODER, ENCODER
 from ramekin.model import Model
 
@@ -45,7 +45,8 @@ def run(engine: Engine, n: int, source: int, tokens: int) -> dict[str, float]:
     engine.model.step = timed_step  # type: ignore[method-assign]
     start = time.perf_counter()
     ends: list[float] = []
-    for count, _ in enumerate(engine.stream(prompt, params), 1):
+    events = (event for event in engine.stream(prompt, params) if isinstance(event, Token))
+    for count, _ in enumerate(events, 1):
         if count % n == 0:
             ends.append(time.perf_counter())
         if count == n:

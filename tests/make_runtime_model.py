@@ -2,7 +2,7 @@
 
     python -m tests.make_runtime_model
 
-Run it again when the format of model folders changes; `tests/export/test_runtime_model.py` notices.
+Run it again when the format of model folders changes; `tests/export/test_pipeline.py` notices.
 """
 
 from __future__ import annotations

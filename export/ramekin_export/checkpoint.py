@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from ramekin.cache import Floats
 from ramekin.errors import CheckpointError
+from ramekin.manifest import FileRecord
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.safetensors", "spiece.model", "*.bin"]
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -34,9 +34,13 @@ class Checkpoint:
 
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.config = _read_json(folder / "config.json")
+        self.config = read_json(folder / "config.json")
+        if "quantization_config" in self.config:
+            raise CheckpointError(
+                f"{folder}: its weights are quantized already; export the checkpoint that they were made from"
+            )
         generation = folder / "generation_config.json"
-        self.generation = _read_json(generation) if generation.is_file() else {}
+        self.generation = read_json(generation) if generation.is_file() else {}
         self._readers, files = _open_weights(folder)
         self.source = {**source, "weights": files}
 
@@ -76,6 +80,8 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: tensor {name!r} cannot be read: {error}") from None
         if array.shape != shape:
             raise CheckpointError(f"{self.folder}: tensor {name!r} has shape {array.shape}, but config.json implies {shape}")
+        if array.dtype.name not in _FLOATS:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is {array.dtype}, not a floating-point one")
         array = array.astype(np.float32, copy=False)
         if not np.isfinite(array.min()) or not np.isfinite(array.max()):
             raise CheckpointError(f"{self.folder}: tensor {name!r} holds numbers that are not finite")
@@ -87,34 +93,42 @@ Reader = Callable[[str], npt.NDArray[Any]]
 
 def _open_weights(folder: Path) -> tuple[dict[str, Reader], dict[str, str]]:
     """A reader for each tensor, and the SHA-256 of each file; safetensors before pickles, one file before shards."""
-    for name in ("model.safetensors", "model.safetensors.index.json"):
+    for name, open_file in (("model.safetensors", _safetensors), ("pytorch_model.bin", _pickled)):
+        index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            paths = [folder / name] if name.endswith("s") else _shards(folder / name)
-            readers = {key: reader for path in paths for key, reader in _safetensors(path).items()}
-            return readers, {path.name: _sha256(path) for path in paths}
-    for name in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if (folder / name).is_file():
-            from ramekin_export.pickled import read_pickled  # noqa: PLC0415  # only here is torch needed
-
-            paths = [folder / name] if name.endswith("bin") else _shards(folder / name)
-            readers = {key: reader for path in paths for key, reader in read_pickled(path).items()}
-            return readers, {path.name: _sha256(path) for path in paths}
+            readers, files = open_file(folder / name), {name}
+        elif index.is_file():
+            readers, files = _open_shards(index, open_file)
+        else:
+            continue
+        return readers, {file: FileRecord.of(folder / file).sha256 for file in sorted(files)}
     raise CheckpointError(f"{folder}: no model.safetensors and no pytorch_model.bin (nor an index of shards)")
 
 
-def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+def _open_shards(index: Path, open_file: Callable[[Path], dict[str, Reader]]) -> tuple[dict[str, Reader], set[str]]:
+    """A reader for each tensor, from the shard that the index names."""
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map")
-    paths = []
-    for name in sorted({str(value) for value in weight_map.values()}):
-        path = index.parent / name
-        if Path(name).name != name or not path.is_file():
-            raise CheckpointError(
-                f"{index}: names a shard {name!r} that is not in the folder; download the checkpoint again"
-            )
-        paths.append(path)
-    return paths
+    shards: dict[str, dict[str, Reader]] = {}
+    readers: dict[str, Reader] = {}
+    for tensor, file in weight_map.items():
+        if file not in shards:
+            if not isinstance(file, str) or Path(file).name != file or not (index.parent / file).is_file():
+                raise CheckpointError(
+                    f"{index}: names a shard {file!r} that is not in the folder; download the checkpoint again"
+                )
+            shards[file] = open_file(index.parent / file)
+        if tensor not in shards[file]:
+            raise CheckpointError(f"{index}: says that {tensor!r} is in {file}, which does not hold it")
+        readers[tensor] = shards[file][tensor]
+    return readers, set(shards)
+
+
+def _pickled(path: Path) -> dict[str, Reader]:
+    from ramekin_export.pickled import read_pickled  # noqa: PLC0415  # only there torch is needed
+
+    return read_pickled(path)
 
 
 def _safetensors(path: Path) -> dict[str, Reader]:
@@ -131,11 +145,18 @@ def _safetensors(path: Path) -> dict[str, Reader]:
 
 
 def _from_hub(repository: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and not needed for folders
+    """Download what the export needs, or find it in the Hub's cache."""
+    import huggingface_hub as hub  # noqa: PLC0415  # slow to import, and not needed for folders
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES))
+        try:
+            wanted = _wanted(hub.HfApi().list_repo_files(repository, revision=revision))
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except Exception:  # offline: every transport has errors of its own
+            return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached and its cache does not have it; check the network or give a folder"
     except (HfHubHTTPError, HFValidationError) as error:
@@ -145,21 +166,29 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     raise CheckpointError(f"{repository}: no such folder, and {reason}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _wanted(names: Iterable[str]) -> list[str]:
+    """Of a repository's files the ones to download: no other folder's, no other framework's, no weights twice."""
+    present = {name for name in names if "/" not in name}
+    wanted = {name for name in present if name.endswith(".json") or name == "spiece.model"}
+    for pattern in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
+        weights = {name for name in present if re.fullmatch(pattern, name)}
+        if weights:
+            return sorted(wanted | weights)
+    return sorted(wanted)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or holds something else.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: not a checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return raw
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -12,6 +12,7 @@ import click
 
 from ramekin.cli import questions
 from ramekin.manifest import DEFAULT_PROMPT
+from ramekin.paper import Paper, build_prompt
 from ramekin_export.pipeline import Progress
 from ramekin_export.pipeline import export as run_export
 from ramekin_export.recipe import RECIPES
@@ -52,12 +53,11 @@ def export(source: str, out: Path, precision: str, revision: str | None, prompt:
       ramekin export UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation model --precision int4
     """
     try:
-        with _progress_bar(f"export {precision}") as advance:
-            manifest = run_export(source, out, precision, revision, force, prompt, advance)
+        build_prompt(Paper(abstract="x"), prompt)
     except ValueError as error:
-        if type(error) is ValueError:
-            raise click.UsageError(str(error)) from None
-        raise
+        raise click.UsageError(str(error)) from None
+    with _progress_bar(f"export {precision}") as advance:
+        manifest = run_export(source, out, precision, revision, force, prompt, advance)
     size = sum(record.bytes for record in manifest.files.values())
     click.echo(f"{out}: {manifest.variant}, {precision}, {size / 1e6:,.1f} MB", err=True)
 

@@ -26,7 +26,10 @@ def read_pickled(path: Path) -> dict[str, Callable[[str], npt.NDArray[Any]]]:
             f"{path}: pickled weights need torch: pip install torch, or save the checkpoint as safetensors"
         ) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6: cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: not a file of tensors alone: {reason}") from None
@@ -34,6 +37,7 @@ def read_pickled(path: Path) -> dict[str, Callable[[str], npt.NDArray[Any]]]:
         raise CheckpointError(f"{path}: not a file of tensors alone")
 
     def read(name: str) -> npt.NDArray[Any]:
-        return np.asarray(state[name].to(torch.float32).numpy())
+        tensor = state[name].detach()
+        return np.asarray((tensor.to(torch.float32) if tensor.is_floating_point() else tensor).numpy())
 
     return dict.fromkeys(state, read)

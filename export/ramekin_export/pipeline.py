@@ -27,6 +27,16 @@ from ramekin_export.head import Head
 from ramekin_export.recipe import RECIPES
 from ramekin_export.vocabulary import write_vocabulary
 
+_GENERATION = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
 Progress = Callable[[int, int], None]
 """Told how many parameters were written since the last call, and how many there are."""
 
@@ -59,14 +69,11 @@ def export(
     if precision not in RECIPES:
         raise ValueError(f"precision must be one of {', '.join(RECIPES)}, not {precision!r}")
     build_prompt(Paper(abstract="x"), prompt)
-    if out.exists() and not force:
-        raise FileExistsError(f"{out}: is there already; --force replaces it")
-    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir() if out.is_dir() else [out]):
-        raise FileExistsError(f"{out}: is not a model folder, so --force does not replace it")
-
+    out = out.resolve()
+    _check_target(out, force)
     checkpoint = Checkpoint.open(source, revision)
     config = T5Config.from_json(checkpoint.config)
-    with _whole_or_not_at_all(out) as folder:
+    with _whole_or_not_at_all(out, force) as folder:
         tokens = write_vocabulary(checkpoint.folder, checkpoint.config, checkpoint.generation, folder / TOKENIZER)
         _write_graphs(checkpoint, config, precision, folder, progress)
         manifest = Manifest(
@@ -115,16 +122,18 @@ def _parameters(config: T5Config) -> int:
 
 
 def _generation_defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that a `generation_config.json` sets.
+    """The sampling parameters that a `generation_config.json` sets; all else in it is left to the caller.
 
     Raises:
-        CheckpointError: one is out of its range.
+        CheckpointError: one is out of its range, and the checkpoint is meant for sampling.
     """
-    values = {name: value for name, value in SamplingParams.known(generation).items() if value is not None}
+    values = {name: generation[name] for name in _GENERATION if generation.get(name) is not None}
     try:
         SamplingParams(**values)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"generation_config.json: {error}") from None
+        if generation.get("do_sample"):
+            raise CheckpointError(f"generation_config.json: {error}") from None
+        return {}  # greedy checkpoints carry values such as temperature 0 that mean nothing
     return values
 
 
@@ -143,21 +152,31 @@ def _with_golden_run(folder: Path, manifest: Manifest) -> Manifest:
     return replace(manifest, golden=golden.record(engine))
 
 
+def _check_target(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise FileExistsError(f"{out}: is there already; --force replaces it")
+    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir() if out.is_dir() else [out]):
+        raise FileExistsError(f"{out}: is not a model folder, so --force does not replace it")
+
+
 @contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
+def _whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, and vanishes if anything goes wrong before."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    retired = folder.with_suffix(".old")
     try:
         folder.chmod(0o755)
         yield folder
+        _check_target(out, force)  # somebody may have put something there meanwhile
         if out.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-            out.rename(retired / out.name)
+            out.rename(retired)
+        try:
             folder.rename(out)
-            shutil.rmtree(retired)
-        else:
-            folder.rename(out)
-    except BaseException:
+        except BaseException:
+            if retired.exists():
+                retired.rename(out)
+            raise
+    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        raise
+        shutil.rmtree(retired, ignore_errors=True)

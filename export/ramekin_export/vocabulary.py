@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import sentencepiece
 from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import DEFAULT_PROMPT, SpecialTokens
 from ramekin.tokenizer import Tokenizer
+from ramekin_export.checkpoint import read_json
 
 _SENTINELS = 100
 _PROBES = (
@@ -39,11 +39,20 @@ def write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[s
     Raises:
         CheckpointError: there is no tokenizer, or one that SentencePiece cannot stand in for.
     """
+    try:
+        return _write_vocabulary(folder, raw, generation, out)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: its tokenizer files are not as transformers writes them ({error!r})") from None
+
+
+def _write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], out: Path) -> SpecialTokens:
     rebuilt = not (folder / "spiece.model").is_file()
     if rebuilt:
         if not (folder / "tokenizer.json").is_file():
             raise CheckpointError(f"{folder}: no spiece.model and no tokenizer.json; save the tokenizer with the model")
-        out.write_bytes(_spiece_of(_tokenizer_json(folder), folder))
+        out.write_bytes(_spiece_of(read_json(folder / "tokenizer.json"), folder))
     else:
         out.write_bytes((folder / "spiece.model").read_bytes())
     pieces = sentencepiece.SentencePieceProcessor()
@@ -59,6 +68,8 @@ def write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[s
 
 def _special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], pieces: Any) -> SpecialTokens:
     vocab = raw.get("vocab_size", 32128)
+    if pieces.get_piece_size() > vocab:
+        raise CheckpointError(f"{folder}: the tokenizer has {pieces.get_piece_size()} pieces, but the model {vocab} tokens")
 
     def either(name: str, default: Any) -> Any:
         value = generation.get(name, raw.get(name))
@@ -66,31 +77,41 @@ def _special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[st
 
     pad, eos = either("pad_token_id", 0), either("eos_token_id", 1)
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    named = {text: i for text, i in _added_tokens(folder, raw, pieces) if isinstance(i, int) and 0 <= i < vocab}
+    named, silent = {}, []
+    for text, i, special in _added_tokens(folder, raw, pieces):
+        if 0 <= i < vocab and text:
+            named[text] = i
+            if special:
+                silent.append(i)
     try:
-        return SpecialTokens(start=either("decoder_start_token_id", pad), pad=pad, eos=eos, named=named)
+        return SpecialTokens(
+            start=either("decoder_start_token_id", pad), pad=pad, eos=eos, named=named, silent=tuple(silent)
+        )
     except ModelFormatError as error:
         raise CheckpointError(f"{folder}: config.json: {error}") from None
 
 
-def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator[tuple[str, int]]:
-    """Texts that stand for one id each: from `tokenizer.json`, `tokenizer_config.json`, or by T5's own rule."""
+def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator[tuple[str, int, bool]]:
+    """Texts that stand for one id each, and whether they are left out of decoded text.
+
+    From `tokenizer.json`, `tokenizer_config.json`, or by T5's own rule.
+    """
     for i in (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()):
         if i >= 0:
-            yield pieces.id_to_piece(i), i
-    settings = _read_json(folder / "tokenizer_config.json")
-    added = _read_json(folder / "tokenizer.json").get("added_tokens") if (folder / "tokenizer.json").is_file() else None
+            yield pieces.id_to_piece(i), i, True
+    settings = _read_if_there(folder / "tokenizer_config.json")
+    added = _read_if_there(folder / "tokenizer.json").get("added_tokens")
     if added is None and settings.get("added_tokens_decoder"):
-        added = [{"id": int(i), **each} for i, each in settings["added_tokens_decoder"].items()]
+        added = [{**each, "id": int(i)} for i, each in settings["added_tokens_decoder"].items()]
     if added:
         for each in added:
             if each.get("single_word"):
                 raise CheckpointError(f"{folder}: added token {each.get('content')!r} is a single_word token: not supported")
-            yield str(each["content"]), each["id"]
+            yield str(each["content"]), int(each["id"]), bool(each.get("special"))
         return
-    count = settings.get("extra_ids", 0 if raw.get("model_type") == "mt5" else _SENTINELS)
+    count = int(settings.get("extra_ids", 0 if raw.get("model_type") == "mt5" else _SENTINELS))
     for i in range(count):
-        yield f"<extra_id_{i}>", pieces.get_piece_size() + count - 1 - i
+        yield f"<extra_id_{i}>", pieces.get_piece_size() + count - 1 - i, True
 
 
 def _spiece_of(raw: Mapping[str, Any], folder: Path) -> bytes:
@@ -135,7 +156,10 @@ def _charsmap(normalizer: Mapping[str, Any]) -> bytes:
 def _check_against_tokenizers(folder: Path, ours: Tokenizer) -> None:
     from tokenizers import Tokenizer as Reference  # noqa: PLC0415
 
-    reference = Reference.from_file(str(folder / "tokenizer.json"))
+    try:
+        reference = Reference.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing more exact
+        raise CheckpointError(f"{folder}/tokenizer.json: cannot be read: {error}") from None
     for text in _PROBES:
         expected, found = reference.encode(text).ids, ours.encode(text)
         if expected != found:
@@ -145,16 +169,5 @@ def _check_against_tokenizers(folder: Path, ours: Tokenizer) -> None:
             )
 
 
-def _tokenizer_json(folder: Path) -> dict[str, Any]:
-    raw = _read_json(folder / "tokenizer.json")
-    if not raw:
-        raise CheckpointError(f"{folder}/tokenizer.json: cannot be read")
-    return raw
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}

@@ -18,7 +18,7 @@ from ramekin import golden
 from ramekin.engine import Completion, Engine, TruncationWarning
 from ramekin.errors import PaperError, RamekinError
 from ramekin.manifest import Manifest
-from ramekin.paper import Paper, QAPair, build_prompt
+from ramekin.paper import Paper, QAPair, build_prompt, valid_text
 from ramekin.sampling import SamplingParams
 
 Item = TypeVar("Item")
@@ -136,8 +136,10 @@ def generate(
                         click.echo(f"[{event.index}] {event.text}")
                 elif stream and not as_json and params.n == 1:
                     click.echo(event.text, nl=False)
-        finally:  # after Ctrl-C too: what is finished is not lost
-            _tell(prompt, done, as_json, params.n, streamed=stream)
+        except KeyboardInterrupt:
+            _tell(prompt, done, as_json, params.n, streamed=stream)  # what is finished is not lost
+            raise
+        _tell(prompt, done, as_json, params.n, streamed=stream)
 
 
 def _tell(prompt: str, done: list[Completion], as_json: bool, n: int, streamed: bool) -> None:
@@ -191,33 +193,35 @@ def questions(
     engine = _load(model, threads, max_source_tokens, on_long)
     params = _params(engine, {**sampling, "n": 16 if sampling["n"] is None else sampling["n"]})
     malformed = total = 0
+
+    def tell(title: str, done: list[Completion]) -> None:
+        nonlocal malformed, total
+        done.sort(key=lambda completion: completion.index)
+        pairs = [QAPair.parse(sample.text, cut=sample.finish_reason == "length") for sample in done]
+        total, malformed = total + len(pairs), malformed + sum(not pair.well_formed for pair in pairs)
+        if as_json:
+            rows = [
+                {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
+                for pair, sample in zip(pairs, done, strict=True)
+            ]
+            click.echo(json.dumps({"title": title, "pairs": rows}, ensure_ascii=False))
+            return
+        if len(papers) > 1:
+            click.echo(f"# {title}\n")
+        for pair in pairs:
+            if show_all or pair.well_formed:
+                note = f"\n   ({pair.problem})" if pair.problem else ""
+                click.echo(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
+
     for each in _progress(papers, "papers"):
         done: list[Completion] = []
         try:
             events = engine.stream(build_prompt(each, engine.manifest.prompt), params)
             done.extend(event for event in events if isinstance(event, Completion))
-        finally:
-            done.sort(key=lambda completion: completion.index)
-            pairs = [QAPair.parse(sample.text, cut=sample.finish_reason == "length") for sample in done]
-            total, malformed = total + len(pairs), malformed + sum(not pair.well_formed for pair in pairs)
-            if as_json:
-                rows = [
-                    {
-                        "question": pair.question,
-                        "answer": pair.answer,
-                        "problem": pair.problem,
-                        **_completion_json(sample),
-                    }
-                    for pair, sample in zip(pairs, done, strict=True)
-                ]
-                click.echo(json.dumps({"title": each.title, "pairs": rows}, ensure_ascii=False))
-            else:
-                if len(papers) > 1:
-                    click.echo(f"# {each.title}\n")
-                for pair in pairs:
-                    if show_all or pair.well_formed:
-                        note = f"\n   ({pair.problem})" if pair.problem else ""
-                        click.echo(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
+        except KeyboardInterrupt:
+            tell(each.title, done)
+            raise
+        tell(each.title, done)
     if malformed and not as_json:
         hint = "" if show_all else "; --all prints them"
         click.echo(f"{malformed} of {total} samples were not a question and a whole answer{hint}", err=True)
@@ -249,7 +253,6 @@ def info(model: Path, as_json: bool) -> None:
         ("onnxruntime", str(manifest.onnxruntime)),
         *((f"source {name}", str(value)) for name, value in manifest.source.items()),
         *((f"recipe {name}", str(value)) for name, value in manifest.recipe.items()),
-        *((f"quality {name}", str(value)) for name, value in manifest.quality.items()),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -294,7 +297,7 @@ def _read_prompts(file: Path) -> Iterator[str]:
         prompt = raw.get("prompt") if isinstance(raw, dict) else raw
         if not isinstance(prompt, str):
             raise click.ClickException(f'{file}, line {number}: expected a text or an object with "prompt"')
-        yield prompt
+        yield valid_text(prompt)
 
 
 def _read_papers(file: Path) -> Iterator[Paper]:
@@ -313,7 +316,7 @@ def _json_lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise click.ClickException(f"{file}, line {number}: not JSON ({error})") from None
 
 
@@ -351,6 +354,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command `ramekin`: every problem that is not a bug is one line on stderr."""
     warnings.showwarning = _show_warning
+    warnings.simplefilter("always", TruncationWarning)
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="ramekin", standalone_mode=False)
         sys.stdout.flush()
@@ -369,6 +373,9 @@ def main(arguments: Iterable[str] | None = None) -> None:
         sys.exit(1)
     except (RamekinError, TruncationWarning, OSError) as error:
         _say(error)
+        sys.exit(1)
+    except MemoryError as error:
+        _say(f"not enough memory ({error}); ask for fewer samples or shorter ones")
         sys.exit(1)
 
 

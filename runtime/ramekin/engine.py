@@ -31,13 +31,13 @@ class TruncationWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a sample that goes on.
+    """One token of a sample.
 
     Attributes:
         index: which sample.
         token_id: the token.
         logprob: its log-probability under the model.
-        text: the text that became certain with it; the texts of a sample's events add up to its completion's text.
+        text: the text that became certain with it; the texts of a sample's tokens add up to its completion's text.
     """
 
     index: int
@@ -120,8 +120,8 @@ class Engine:
         if max_source_tokens is not None:
             manifest = replace(manifest, max_source_tokens=max_source_tokens)
         tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
-        if any(i >= manifest.dims.vocab_size for i in (manifest.tokens.start, *manifest.tokens.eos)):
-            raise ModelFormatError(f"{folder}: a special token lies outside the vocabulary; export the model again")
+        if tokenizer.piece_count > manifest.dims.vocab_size:
+            raise ModelFormatError(f"{folder}: {TOKENIZER} has more pieces than the model; export the model again")
         return cls(Model.load(folder, manifest, provider, threads or usable_cores()), tokenizer, manifest)
 
     def params(self, **values: Any) -> SamplingParams:
@@ -134,9 +134,11 @@ class Engine:
         return sorted(done, key=lambda completion: completion.index)
 
     def stream(self, source: Source, params: SamplingParams | None = None) -> Iterator[Token | Completion]:
-        """Generate samples of one prompt, telling each token and each finished sample as it comes.
+        """Generate samples of one prompt, telling each token and, after its last token, each finished sample.
 
-        Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic.
+        Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic:
+        kernels for one row and for many differ in the last bit, which int8 and int4 activations now and then turn into
+        another token.
 
         Args:
             source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a warning.
@@ -159,10 +161,12 @@ class Engine:
             chosen, logprobs = choose(logits, histories, eos, params, step_draws)
             stay = []
             for row, sample in enumerate(running):
-                event = _advance(sample, int(chosen[row]), float(logprobs[row]), eos, params, seed)
-                if isinstance(event, Token):
-                    stay.append(row)
+                event, completion = _advance(sample, int(chosen[row]), float(logprobs[row]), eos, params, seed)
                 yield event
+                if completion:
+                    yield completion
+                else:
+                    stay.append(row)
             if len(stay) < len(running):
                 running = [running[row] for row in cache.keep(stay)] if stay else []
 
@@ -207,22 +211,29 @@ class Engine:
 
 def _advance(
     sample: _Sample, token: int, logprob: float, eos: Sequence[int], params: SamplingParams, seed: int
-) -> Token | Completion:
-    """Add a token to a sample: an event of it going on, or its completion."""
+) -> tuple[Token, Completion | None]:
+    """Add a token to a sample: its event, and the sample's completion if it ends there."""
     sample.history.append(token)
     sample.logprobs.append(logprob)
-    ended = token in eos
-    if not ended:
+    reason: FinishReason | None = None
+    if token in eos:
+        reason = "eos"
+    else:
         sample.decoder.push(token)
-    full = len(sample.logprobs) >= params.max_new_tokens
-    if ended or full:
+        if len(sample.logprobs) >= params.max_new_tokens:
+            reason = "length"
+    if reason:
         sample.decoder.finish()
     text = sample.decoder.text
     cut = first_stop(text, params.stop)
-    if cut is None and not ended and not full:
-        # What may be the beginning of a stop string is held back until it is certain.
+    if cut is not None:
+        reason, certain = "stop", cut
+    elif reason:
+        certain = len(text)
+    else:  # what may be the beginning of a stop string is held back until it is certain
         certain = max(sample.told, len(text) - max((len(stop) - 1 for stop in params.stop), default=0))
-        new, sample.told = text[sample.told : certain], certain
-        return Token(sample.index, token, logprob, new)
-    reason: FinishReason = "stop" if cut is not None else "eos" if ended else "length"
-    return Completion(sample.index, text[:cut], tuple(sample.history[1:]), tuple(sample.logprobs), reason, seed)
+    event = Token(sample.index, token, logprob, text[sample.told : certain])
+    sample.told = certain
+    if not reason:
+        return event, None
+    return event, Completion(sample.index, text[:certain], tuple(sample.history[1:]), tuple(sample.logprobs), reason, seed)

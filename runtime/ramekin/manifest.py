@@ -68,18 +68,34 @@ class Dims:
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids with a meaning of their own. `named` maps text such as `<extra_id_0>` to the one id that it stands for."""
+    """Ids with a meaning of their own.
+
+    Attributes:
+        start: what the decoder is fed first.
+        pad: fills rows in training; part of no text.
+        eos: each of these ends a sample.
+        named: text such as `<extra_id_0>` and the one id that it stands for.
+        silent: ids that are left out of decoded text.
+    """
 
     start: int
     pad: int
     eos: tuple[int, ...]
     named: Mapping[str, int] = field(default_factory=dict)
+    silent: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.named, dict) or not all(self.named):
+            raise ModelFormatError("tokens.named must map texts to ids")
         object.__setattr__(self, "eos", tuple(self.eos))
-        ids = (self.start, self.pad, *self.eos, *self.named.values())
-        if not self.eos or any(not isinstance(i, int) or i < 0 for i in ids):
+        object.__setattr__(self, "silent", tuple(self.silent))
+        if not self.eos or any(not isinstance(i, int) or i < 0 for i in self.ids):
             raise ModelFormatError("tokens must name a start, a pad and at least one eos id, all of them integers >= 0")
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All ids that are mentioned."""
+        return (self.start, self.pad, *self.eos, *self.named.values(), *self.silent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +107,7 @@ class VersionRange:
 
     def __post_init__(self) -> None:
         for text in (self.at_least, self.below):
-            if not isinstance(text, str) or not re.fullmatch(r"\d+\.\d+\.\d+", text):
+            if not isinstance(text, str) or not re.fullmatch(r"\d{1,4}\.\d{1,4}\.\d{1,4}", text):
                 raise ModelFormatError(f"onnxruntime must be a range of versions such as 1.23.2, not {text!r}")
 
     def __contains__(self, version: str) -> bool:
@@ -111,6 +127,10 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bytes, int) or self.bytes < 0 or not isinstance(self.sha256, str):
+            raise ModelFormatError("files must give bytes and sha256 of each file")
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
@@ -140,12 +160,19 @@ class Manifest:
     opset: int = 18
     onnxruntime: VersionRange = VersionRange()  # frozen
     golden: Mapping[str, Any] = field(default_factory=dict)
-    quality: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_source_tokens, int) or self.max_source_tokens < 1:
             raise ModelFormatError(f"max_source_tokens must be a positive integer, not {self.max_source_tokens!r}")
+        for name, kind in (("variant", str), ("prompt", str), ("precision", str), ("opset", int)):
+            if not isinstance(getattr(self, name), kind):
+                raise ModelFormatError(f"{name} must be {kind.__name__}, not {getattr(self, name)!r}")
+        for name in ("recipe", "generation", "source", "tools", "golden"):
+            if not isinstance(getattr(self, name), dict):
+                raise ModelFormatError(f"{name} must be an object, not {getattr(self, name)!r}")
+        if max(self.tokens.ids) >= self.dims.vocab_size:
+            raise ModelFormatError(f"token {max(self.tokens.ids)} lies outside the vocabulary of {self.dims.vocab_size}")
         missing = {ENCODER, DECODER, TOKENIZER} - set(self.files)
         if missing:
             raise ModelFormatError(f"files must list {', '.join(sorted(missing))}")
@@ -167,7 +194,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelFormatError(f"not JSON: {error}") from None
         if not isinstance(raw, dict) or "format_version" not in raw:
             raise ModelFormatError("not a ramekin manifest: it has no format_version")

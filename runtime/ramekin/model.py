@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ramekin.cache import Cache, Cross, Floats
-from ramekin.errors import ModelFormatError
+from ramekin.errors import ModelFormatError, RamekinError
 from ramekin.manifest import (
     DECODER,
     ENCODER,
@@ -29,6 +29,8 @@ from ramekin.manifest import (
     present_names,
 )
 from ramekin.session import onnxruntime, open_session
+
+Shapes = Mapping[str, tuple[int | None, ...]]
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,16 @@ class Model:
         self._ort, self._encoder, self._decoder = ort, encoder, decoder
         layers = self.dims.decoder_layers
         self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
-        _check_names(ENCODER, encoder, {INPUT_IDS}, {ENCODER_HIDDEN, *self._cross})
-        inputs = {TOKEN_IDS, PAST_LENGTHS, TOP_K, *self._past, *self._cross}
-        _check_names(DECODER, decoder, inputs, {LOGITS, TOP_VALUES, TOP_IDS, *self._present})
+        heads, width = self.dims.num_heads, self.dims.head_dim
+        crossed: Shapes = dict.fromkeys(self._cross, (1, heads, None, width))
+        cached: Shapes = dict.fromkeys(self._past, (None, heads, None, width))
+        written: Shapes = dict.fromkeys(self._present, (None, heads, None, width))
+        small: Shapes = {TOKEN_IDS: (None, 1), PAST_LENGTHS: (None,), TOP_K: (1,)}
+        ranked: Shapes = {LOGITS: (None, self.dims.vocab_size), TOP_VALUES: (None, None), TOP_IDS: (None, None)}
+        _check(ENCODER, encoder.get_inputs(), {INPUT_IDS: (1, None)})
+        _check(ENCODER, encoder.get_outputs(), {ENCODER_HIDDEN: (1, None, self.dims.d_model), **crossed})
+        _check(DECODER, decoder.get_inputs(), {**small, **cached, **crossed})
+        _check(DECODER, decoder.get_outputs(), {**ranked, **written})
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, provider: str, threads: int) -> Model:
@@ -83,7 +92,7 @@ class Model:
         options = self._ort.RunOptions()
         # The scratch memory of a long prompt (heads * S * S floats and more) goes back before decoding starts.
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._encoder.run_with_iobinding(binding, options)
+        _run(self._encoder, binding, options)
         return Cross(arrays)
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
@@ -103,7 +112,7 @@ class Model:
         cache.past_lengths[:] = cache.length
         if cache.binding is None:
             cache.binding = self._bind(cache)
-        self._decoder.run_with_iobinding(cache.binding[0])
+        _run(self._decoder, cache.binding[0])
         cache.length += 1
         return Logits(cache.logits, cache.top_values, cache.top_ids)
 
@@ -135,11 +144,20 @@ class Model:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _check_names(graph: str, session: Any, inputs: set[str], outputs: set[str]) -> None:
-    found_inputs = {each.name for each in session.get_inputs()}
-    found_outputs = {each.name for each in session.get_outputs()}
-    odd = (inputs ^ found_inputs) | (outputs ^ found_outputs)
-    if odd:
-        raise ModelFormatError(
-            f"{graph}: does not belong to this manifest (unexpected or missing tensor {min(odd)!r}); export the model again"
-        )
+def _run(session: Any, binding: Any, options: Any = None) -> None:
+    try:
+        session.run_with_iobinding(binding, options)
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        reason = " ".join(str(error).split())[:300]
+        raise RamekinError(f"onnxruntime failed: {reason}; `ramekin verify` tells whether the model is intact") from error
+
+
+def _check(graph: str, found: Sequence[Any], expected: Shapes) -> None:
+    """Compare a graph's inputs or outputs with names and shapes; None stands for any size."""
+    shapes = {each.name: each.shape for each in found}
+    for name in sorted(shapes.keys() | expected.keys()):
+        wanted, given = expected.get(name), shapes.get(name)
+        if wanted is None or given is None or len(wanted) != len(given):
+            raise ModelFormatError(f"{graph}: does not belong to this manifest (tensor {name!r}); export the model again")
+        if any(size not in (None, actual) for size, actual in zip(wanted, given, strict=True)):
+            raise ModelFormatError(f"{graph}: tensor {name!r} has shape {given}, but the manifest says {list(wanted)}")

@@ -52,6 +52,8 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
     at, end = 0, len(message)
     while at < end:
         tag, at = _varint(message, at)
+        if tag >> 32:
+            raise ValueError("a field number that is too large")  # onnxruntime would drop its upper bits
         wire = tag & 7
         if wire == 0:
             _, at = _varint(message, at)

@@ -17,10 +17,14 @@ SEPARATOR = "[SEP]"
 Problem = Literal["no separator", "more than one separator", "empty question", "empty answer", "cut at the limit"]
 
 _HEADING = re.compile(
-    r"^\s{0,3}(?:#{1,6}\s*)?(?:\d+\.?\s+|[IVX]+\.\s+)?[*_]{0,2}(abstract|introduction)[*_]{0,2}\s*(?:[:.—-]\s*(.*))?$",
+    r"^\s{0,3}(?P<marks>#{1,6}\s*)?(?:(?P<number>\d+|[IVX]+)(?P<dot>\.?)\s+)?[*_]{0,2}(?P<name>abstract|introduction)[*_]{0,2}"
+    r"\s*(?:[:.\u2014-][*_]{0,2}\s*(?P<rest>.*))?$",
     re.IGNORECASE,
 )
-_NEXT_SECTION = re.compile(r"^\s{0,3}(?:#{1,6}\s+\S|(?:\d+\.?|[IVX]+\.)\s+[A-Z][^.]{2,60}$)")
+_MARKED = re.compile(r"^\s{0,3}(#{1,6})\s+(\S.*)$")
+_NUMBERED = re.compile(r"^\s{0,3}(\d+|[IVX]+)(\.?)\s+([A-Z].*[^.,;:?!])$")
+_ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
+_HEADING_WORDS = 6
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Paper:
         if text.lstrip().startswith("{"):
             try:
                 return cls.from_mapping(json.loads(text))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if isinstance(error, PaperError):
                     raise
                 raise PaperError(f"neither JSON ({error}) nor text with the heading Abstract or Introduction") from None
@@ -86,27 +90,53 @@ class Paper:
         for name, value in parts.items():
             if not isinstance(value, str):
                 raise PaperError(f"{name} must be a text, not {type(value).__name__}")
-        return cls(**parts)
+        return cls(**{name: valid_text(value) for name, value in parts.items()})
+
+
+def valid_text(text: str) -> str:
+    """The text with "?" for halves of surrogate pairs, which JSON can hold but UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _sections(text: str) -> dict[str, str]:
     parts: dict[str, list[str]] = {"title": [], "abstract": [], "introduction": []}
     current: str | None = "title"
+    opened: re.Match[str] | None = None
     for line in text.splitlines():
         heading = _HEADING.match(line)
         if heading:
-            current = heading[1].lower()
-            parts[current].append(heading[2] or "")
-        elif current in ("abstract", "introduction") and _NEXT_SECTION.match(line):
+            current, opened = heading["name"].lower(), heading
+            parts[current].append(heading["rest"] or "")
+        elif opened and current and _ends_section(line, opened):
             current = None
         elif current:
-            parts[current].append(line.lstrip("# ") if current == "title" else line)
+            parts[current].append(line.lstrip("# ") if _MARKED.match(line) else line)
     if not any("".join(parts[name]).strip() for name in ("abstract", "introduction")):
         raise PaperError(
             "not a paper: expected JSON with title, abstract and introduction, "
             "or text with the heading Abstract or Introduction"
         )
     return {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
+
+
+def _ends_section(line: str, opened: re.Match[str]) -> bool:
+    """Whether a line is the heading of what follows the section that the heading `opened` began.
+
+    A Markdown heading is, unless it is deeper; a numbered line is if it is short and goes on in the heading's own numbers.
+    """
+    marked = _MARKED.match(line)
+    if marked:
+        return not opened["marks"] or len(marked[1]) <= len(opened["marks"].strip())
+    numbered = _NUMBERED.match(line)
+    if not numbered or len(numbered[3].split()) > _HEADING_WORDS:
+        return False
+    if not opened["number"]:  # an abstract has no number: the next section is the first
+        return not opened["marks"] and _value(numbered[1]) == 1
+    return numbered[2] == opened["dot"] and _value(numbered[1]) == _value(opened["number"]) + 1
+
+
+def _value(numeral: str) -> int:
+    return int(numeral) if numeral.isdecimal() else _ROMAN.index(numeral.upper()) if numeral.upper() in _ROMAN else -1
 
 
 def build_prompt(paper: Paper, template: str = DEFAULT_PROMPT) -> str:

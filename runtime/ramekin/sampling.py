@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ramekin.cache import Floats
 from ramekin.errors import RamekinError
 from ramekin.model import Logits
 
-Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 _SPARE_CANDIDATES = 14  # ranked beyond top_k, so that ties at the k-th place are seen: 64 for the default of 50
@@ -135,19 +135,22 @@ def choose(
     Returns:
         The tokens, `(n,)` int64, and their log-probabilities under the model, before any rule, `(n,)` float32.
     """
-    early = np.array([len(history) <= params.min_new_tokens for history in histories])
-    if params.repetition_penalty != 1.0 or params.no_repeat_ngram_size:
-        ranked = rank(_ban(edit(logits.full, histories, params), early, eos), params)
-    else:
-        ranked = _without(Ranked(logits.top_values, logits.top_ids), early, eos)
-        if not _ranked_enough(ranked, logits, params):
-            ranked = rank(_ban(logits.full, early, eos), params)
+    ranked = candidates_of(logits, histories, eos, params)
     if params.greedy:
         chosen = ranked.ids[:, 0].copy()
     else:
         places = draw(distribution(ranked, params), draws)
         chosen = np.take_along_axis(ranked.ids, places[:, None], axis=1)[:, 0]
     return chosen, log_probabilities(logits.full, chosen)
+
+
+def candidates_of(logits: Logits, histories: Sequence[Sequence[int]], eos: Sequence[int], params: SamplingParams) -> Ranked:
+    """Every token that can be drawn, after penalties and bans; from the decoder's ranking where that is enough."""
+    early = np.array([len(history) <= params.min_new_tokens for history in histories])
+    if params.repetition_penalty != 1.0 or params.no_repeat_ngram_size:
+        return rank(_ban(edit(logits.full, histories, params), early, eos), params)
+    ranked = _without(Ranked(logits.top_values, logits.top_ids), early, eos)
+    return ranked if _ranked_enough(ranked, logits, params) else rank(_ban(logits.full, early, eos), params)
 
 
 def edit(logits: Floats, histories: Sequence[Sequence[int]], params: SamplingParams) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ class Tokenizer:
     """A SentencePiece model and the special tokens around it."""
 
     def __init__(self, pieces: sentencepiece.SentencePieceProcessor, tokens: SpecialTokens) -> None:
-        self._pieces, self._tokens = pieces, tokens
+        self._pieces, self._named = pieces, dict(tokens.named)
         self._count: int = pieces.get_piece_size()
-        self._silent = {tokens.start, tokens.pad, *tokens.eos, *tokens.named.values(), pieces.unk_id()}
-        self._has_bytes = pieces.piece_to_id("<0x00>") != pieces.unk_id()
+        self._end: int = pieces.eos_id() if pieces.eos_id() >= 0 else tokens.eos[0]
+        self._texts = {i: text.encode() for text, i in tokens.named.items()}
+        self._texts.update(dict.fromkeys((*tokens.silent, pieces.pad_id(), pieces.eos_id(), pieces.unk_id()), b""))
         names = sorted(tokens.named, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
 
@@ -37,49 +39,61 @@ class Tokenizer:
             raise ModelFormatError(f"{path}: not a SentencePiece model ({error}); export the model again") from None
         return cls(pieces, tokens)
 
+    @property
+    def piece_count(self) -> int:
+        """How many pieces SentencePiece knows; ids from here on are added tokens, or have no text."""
+        return self._count
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, an eos id at the end. Special tokens such as `<extra_id_0>` in the text count as such."""
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair is no text: it becomes "?"
         ids: list[int] = []
         for part in self._split.split(text) if self._split else [text]:
-            named = self._tokens.named.get(part)
+            named = self._named.get(part)
             ids.extend(self._pieces.encode(part) if named is None else [named])
-        return [*ids, self._tokens.eos[0]]
+        return [*ids, self._end]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens, unknown pieces and ids without any text are passed over."""
-        kept = [int(i) for i in ids if 0 <= i < self._count and i not in self._silent]
-        if self._has_bytes:
-            return str(self._pieces.decode(kept))
-        return "".join(map(self._pieces.id_to_piece, kept)).replace("\u2581", " ").removeprefix(" ")
+        return b"".join(map(self.text_of, ids)).decode("utf-8", "replace").removeprefix(" ")
+
+    def text_of(self, token_id: int) -> bytes:
+        """What one token adds to a text, in UTF-8: a piece may be one byte of a character. A word begins with a blank."""
+        known = self._texts.get(token_id)
+        if known is None:
+            known = self._texts[token_id] = self._piece(int(token_id)) if 0 <= token_id < self._count else b""
+        return known
+
+    def _piece(self, token_id: int) -> bytes:
+        piece: str = self._pieces.id_to_piece(token_id)
+        if self._pieces.is_byte(token_id):
+            return bytes([int(piece[3:5], 16)])
+        return b"" if self._pieces.is_control(token_id) else piece.replace("\u2581", " ").encode()
 
 
 class IncrementalDecoder:
-    """Text as tokens come: the parts that `push` and `finish` return add up to `Tokenizer.decode` of all tokens."""
+    """Text as tokens come: after `finish` it is what `Tokenizer.decode` makes of all tokens.
+
+    Attributes:
+        text: what is certain so far; the bytes of an incomplete character are not.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._told = ""
+        self.text = ""
+        self._tokenizer, self._utf8 = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        self._began = False
 
-    def push(self, token_id: int) -> str:
-        """The text that is certain now and was not before; empty while a character is incomplete."""
-        self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids)
-        return "" if text.endswith("\ufffd") else self._tell(text)
+    def push(self, token_id: int) -> None:
+        """Add a token."""
+        self._add(self._utf8.decode(self._tokenizer.text_of(token_id)))
 
-    def finish(self) -> str:
-        """What is left."""
-        return self._tell(self._tokenizer.decode(self._ids))
+    def finish(self) -> None:
+        """There are no more tokens."""
+        self._add(self._utf8.decode(b"", final=True))
 
-    @property
-    def text(self) -> str:
-        """All that was told so far."""
-        return self._told
-
-    def _tell(self, text: str) -> str:
-        new = text[len(self._told) :]
-        self._told = text
-        return new
+    def _add(self, new: str) -> None:
+        self.text += new if self._began else new.removeprefix(" ")
+        self._began = self._began or bool(new)
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

@@ -59,6 +59,22 @@ def test_shards_are_one_checkpoint(tmp_path: Path, exported: Callable[[str, str]
     np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
 
 
+def test_the_index_says_which_shard_holds_a_tensor(tmp_path: Path, exported: Callable[[str, str], Engine]) -> None:
+    """A stale copy in another shard does not matter, and a shard that lacks its tensor is told."""
+    folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE, shards=2)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    one, other = sorted(set(weight_map.values()))
+    name = next(tensor for tensor, file in weight_map.items() if file == one)
+    shard = load_file(folder / other)
+    save_file({**shard, name: np.full_like(load_file(folder / one)[name], -7)}, folder / other, {"format": "pt"})
+    np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
+    save_file(shard, folder / other, {"format": "pt"})
+    index.write_text(json.dumps({"weight_map": {**weight_map, name: other}}))
+    with pytest.raises(CheckpointError, match="which does not hold it"):
+        Checkpoint.open(str(folder))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.05), ("bfloat16", 0.4)])
 def test_half_precision(tmp_path: Path, exported: Callable[[str, str], Engine], dtype: str, tolerance: float) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE, dtype=dtype)
@@ -71,6 +87,15 @@ def test_pickled_weights(copy: Callable[[str], Path], exported: Callable[[str, s
     folder = copy("flan")
     weights = {name: torch.tensor(array) for name, array in load_file(folder / "model.safetensors").items()}
     torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
+
+
+def test_old_pickles_and_parameters(copy: Callable[[str], Path], exported: Callable[[str, str], Engine]) -> None:
+    torch = pytest.importorskip("torch")
+    folder = copy("flan")
+    weights = {n: torch.nn.Parameter(torch.tensor(a)) for n, a in load_file(folder / "model.safetensors").items()}
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     (folder / "model.safetensors").unlink()
     np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
 
@@ -209,6 +234,11 @@ def infinite(tensors: dict[str, np.ndarray]) -> None:
     tensors["decoder.block.1.layer.2.DenseReluDense.wo.weight"][3, 3] = np.inf
 
 
+def integers(tensors: dict[str, np.ndarray]) -> None:
+    name = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    tensors[name] = (tensors[name] * 100).astype(np.int8)
+
+
 def drop_norm(tensors: dict[str, np.ndarray]) -> None:
     del tensors["decoder.final_layer_norm.weight"]
 
@@ -234,7 +264,13 @@ def index(content: str) -> Callable[[Path], None]:
         (no_file("spiece.model"), "no spiece.model and no tokenizer.json"),
         (text("config.json", "{"), "config.json: cannot be read"),
         (text("config.json", "[]"), "expected a JSON object"),
-        (text("generation_config.json", '{"top_p": 7}'), "generation_config.json: top_p must be"),
+        (text("generation_config.json", '{"top_p": 7, "do_sample": true}'), "generation_config.json: top_p must be"),
+        (text("tokenizer.json", '{"added_tokens":[{"id":1}]}'), "its tokenizer files are not as transformers writes them"),
+        (text("tokenizer_config.json", '{"extra_ids": "many"}'), "its tokenizer files are not"),
+        (text("tokenizer_config.json", "{"), "tokenizer_config.json: cannot be read"),
+        (config(vocab_size=300), "the tokenizer has 400 pieces, but the model 300 tokens"),
+        (config(quantization_config={"load_in_8bit": True}), "quantized already"),
+        (weights(integers), "is int8, not a floating-point one"),
         (text("spiece.model", "rubbish"), "spiece.model: not a SentencePiece model"),
         (config(model_type="bart"), "model_type 'bart'; only mt5 and t5"),
         (config(model_type="umt5"), "model_type 'umt5'"),
@@ -252,6 +288,7 @@ def index(content: str) -> Callable[[Path], None]:
         (text("model.safetensors", "rubbish"), "not a safetensors file"),
         (index("{}"), "no weight_map"),
         (index('{"weight_map": {"shared.weight": "model-1.safetensors"}}'), "not in the folder"),
+        (index('{"weight_map": {"shared.weight": 3}}'), "not in the folder"),
         (index('{"weight_map": {"shared.weight": "../model.safetensors"}}'), "not in the folder"),
     ],
 )
@@ -310,6 +347,30 @@ def test_hub_ids_that_are_not_to_be_had(
     assert done.stderr.startswith("ramekin: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_only_what_is_needed_is_downloaded() -> None:
+    from ramekin_export.checkpoint import _wanted
+
+    everything = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "spiece.model",
+        "model.safetensors",
+        "model.fp16.safetensors",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "tf_model.h5",
+        "checkpoint-500/model.safetensors",
+        "checkpoint-500/config.json",
+    ]
+    needed = ["config.json", "generation_config.json", "model.safetensors", "spiece.model", "tokenizer.json"]
+    assert _wanted(everything) == needed
+    assert _wanted(["config.json", "pytorch_model-00001-of-00002.bin", "training_args.bin"]) == [
+        "config.json",
+        "pytorch_model-00001-of-00002.bin",
+    ]
 
 
 def run_export(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

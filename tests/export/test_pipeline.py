@@ -68,6 +68,45 @@ def test_force_replaces_nothing_but_models(checkpoint: Callable[[str], Path], tm
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
 
+def test_what_appears_during_an_export_is_not_replaced(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def meanwhile(*_: object) -> dict[str, str]:
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+        return {}
+
+    monkeypatch.setattr(pipeline, "_tools", meanwhile)
+    for force in (False, True):
+        with pytest.raises(FileExistsError):
+            export(str(checkpoint("flan")), out, "fp32", force=force)
+        assert names(tmp_path) == ["out"]
+        assert names(out) == ["thesis.tex"]
+        (out / "thesis.tex").unlink()
+        out.rmdir()
+
+
+def test_a_swap_that_fails_is_undone(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model"
+    export(str(checkpoint("flan")), out, "fp32")
+    real = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        export(str(checkpoint("flan")), out, "int8", force=True)
+    assert names(tmp_path) == ["model"]
+    assert Manifest.load(out).precision == "fp32"
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_disk_that_fills_leaves_nothing(
@@ -149,6 +188,29 @@ def test_generation_defaults_come_from_the_checkpoint(checkpoint: Callable[[str]
     assert manifest.tokens.eos == (1, 7)
     params = Engine.load(tmp_path / "model").params(seed=1)
     assert params == SamplingParams(top_p=0.8, temperature=0.9, max_new_tokens=33, seed=1)
+
+
+def test_settings_that_mean_nothing_without_sampling(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.0, "seed": 3}')
+    assert export(str(folder), tmp_path / "model", "fp32").generation == {}
+
+
+def test_the_text_of_added_tokens(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Special ones are silent, a fine-tuner's own `[SEP]` is not; and prompts end with the tokenizer's eos."""
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    added = [{"id": 500, "content": "[SEP]", "special": False}, {"id": 499, "content": "<extra_id_0>", "special": True}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {each["id"]: each for each in added}}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
+    export(str(folder), tmp_path / "model", "fp32")
+    tokenizer = Engine.load(tmp_path / "model").tokenizer
+    word = tokenizer.encode("We")
+    assert word[-1] == 1
+    assert tokenizer.decode([*word, 500, 499, *word]) == "We[SEP] We"
 
 
 def test_progress_reaches_the_end(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

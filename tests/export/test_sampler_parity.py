@@ -9,7 +9,7 @@ import pytest
 
 from ramekin import SamplingParams
 from ramekin.model import Logits
-from ramekin.sampling import Ranked, distribution, draw, edit, rank, uniforms
+from ramekin.sampling import candidates_of, distribution, draw, uniforms
 
 torch = pytest.importorskip("torch")
 processors = pytest.importorskip("transformers").generation.logits_process
@@ -86,17 +86,9 @@ def reference(logits: np.ndarray, histories: np.ndarray, params: SamplingParams)
 
 def ours(logits: np.ndarray, histories: np.ndarray, params: SamplingParams) -> np.ndarray:
     """The same through the runtime's functions, from the ranking that the decoder graph would give where that is used."""
-    from ramekin import sampling
-
-    early = np.array([histories.shape[1] <= params.min_new_tokens] * len(logits))
     order = np.argsort(-logits, axis=1, kind="stable")[:, : params.candidates]
     given = Logits(logits, np.take_along_axis(logits, order, axis=1), order)
-    if params.repetition_penalty != 1 or params.no_repeat_ngram_size:
-        ranked = rank(sampling._ban(edit(logits, histories.tolist(), params), early, [EOS]), params)
-    else:
-        ranked = sampling._without(Ranked(given.top_values, given.top_ids), early, [EOS])
-        if not sampling._ranked_enough(ranked, given, params):
-            ranked = rank(sampling._ban(logits, early, [EOS]), params)
+    ranked = candidates_of(given, histories.tolist(), [EOS], params)
     out = np.zeros(logits.shape)
     np.put_along_axis(out, ranked.ids, distribution(ranked, params), axis=1)
     return out

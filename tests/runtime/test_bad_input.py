@@ -70,6 +70,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         ("", "not JSON"),
         ("[]", "no format_version"),
         ('{"format_version": 99}', "format version 99, but this ramekin reads 1"),
+        ("[" * 200_000, "not JSON"),
         ('{"format_version": 1}', "not a complete manifest"),
         ('{"format_version": 1, "dims": 3}', "not a complete manifest"),
     ],
@@ -86,6 +87,15 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
     [
         (lambda raw: raw["dims"].update(num_heads=0), "dims.num_heads"),
         (lambda raw: raw["dims"].update(decoder_layers=2), "does not belong to this manifest"),
+        (lambda raw: raw["dims"].update(head_dim=4), "has shape"),
+        (lambda raw: raw["dims"].update(vocab_size=600), "has shape"),
+        (lambda raw: raw["dims"].update(vocab_size=100), "outside the vocabulary"),
+        (lambda raw: raw["tokens"]["named"].update(We=9999), "outside the vocabulary"),
+        (lambda raw: raw.update(prompt=5), "prompt must be str"),
+        (lambda raw: raw.update(generation=[1]), "generation must be an object"),
+        (lambda raw: raw.update(source=[1]), "source must be an object"),
+        (lambda raw: raw["files"]["spiece.model"].update(bytes="x"), "files must give bytes"),
+        (lambda raw: raw["onnxruntime"].update(at_least="9" * 5000 + ".1.1"), "range of versions"),
         (lambda raw: raw["tokens"].update(eos=[]), "at least one eos"),
         (lambda raw: raw["tokens"].update(start=9999), "outside the vocabulary"),
         (lambda raw: raw["files"].pop("decoder.onnx"), "must list decoder.onnx"),
@@ -193,6 +203,13 @@ def test_external_data_is_found_wherever_it_hides() -> None:
     assert external_locations((TINY_MODEL / "decoder.onnx").read_bytes()) == {"decoder.bin", "embedding.bin"}
 
 
+def test_a_tag_that_protobuf_would_cut_short() -> None:
+    """C++ drops what is above 32 bits of a tag, so `BA 80 80 80 10` is the graph to onnxruntime."""
+    graph = graph_with_external_data(b"/x")
+    with pytest.raises(ValueError, match="too large"):
+        external_locations(b"\xba\x80\x80\x80\x10" + graph[1:])
+
+
 @pytest.mark.parametrize("content", [b"\x3a\x7f", b"\xff" * 20, b"\x3b\x00", b"\x3a\x02\x0a", b"\x39\x00"])
 def test_bytes_that_are_no_message(content: bytes) -> None:
     with pytest.raises(ValueError, match=r"truncated|wire type|ten bytes"):
@@ -287,6 +304,8 @@ print(5e-324 > 0, bool(after))
         (["questions", "{model}", "{tmp}/latin1.txt"], 1, "not UTF-8"),
         (["questions", "{model}", "{tmp}/text.txt"], 1, "not a paper"),
         (["questions", "{model}", "{tmp}/numbers.jsonl"], 1, "line 1: expected a JSON object"),
+        (["generate", "{model}", "{tmp}/deep.jsonl"], 1, "line 1: not JSON"),
+        (["questions", "{model}", "{tmp}/deep.json"], 1, "deep.json: neither JSON"),
         (["generate", "{model}", "--top-p", "0"], 2, "top_p must be a number above 0 and at most 1, not 0.0"),
         (["generate", "{model}", "--temperature", "-1"], 2, "temperature must be a number above 0"),
         (["generate", "{model}", "--temperature", "nan"], 2, "temperature must be"),
@@ -305,6 +324,8 @@ def test_wrong_commands_say_one_line(arguments: list[str], status: int, says: st
     (tmp_path / "text.txt").write_text("some text that is long enough")
     (tmp_path / "broken.jsonl").write_text('"fine"\n{\n')
     (tmp_path / "numbers.jsonl").write_text("3\n")
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000)
+    (tmp_path / "deep.json").write_text('{"a":' * 200_000)
     filled = [each.format(tmp=tmp_path, model=TINY_MODEL) for each in arguments]
     found, out, err = run(*filled)
     assert (found, out) == (status, "")
@@ -321,6 +342,30 @@ def test_long_prompt_on_the_command_line() -> None:
     assert out
     assert "was cut to the model's limit of 4" in err
     assert err.count("\n") == 1
+
+
+def test_every_cut_prompt_is_told(tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text('"a b c d e f"\n"a b c d e g"\n')
+    arguments = [
+        "generate",
+        str(TINY_MODEL),
+        str(tmp_path / "two.jsonl"),
+        "--max-source-tokens",
+        "4",
+        "--max-new-tokens",
+        "3",
+    ]
+    assert run(*arguments)[2].count("was cut") == 2
+    status, out, err = run(*arguments, "--json", "--on-long", "error")
+    assert (status, out) == (1, "")  # no record that looks finished
+    assert "was cut" in err
+
+
+def test_a_prompt_with_half_a_surrogate_pair(tmp_path: Path) -> None:
+    (tmp_path / "odd.jsonl").write_text('"a \\ud800"\n')
+    status, out, err = run("generate", str(TINY_MODEL), str(tmp_path / "odd.jsonl"), "--max-new-tokens", "3", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out)["samples"]
 
 
 def test_truncation_is_a_warning_in_python(engine: Engine) -> None:

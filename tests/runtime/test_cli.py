@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -109,34 +107,24 @@ def test_a_reader_that_leaves() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_prints_the_samples_that_are_finished() -> None:
-    """Samples of the tiny model end early with a low limit; one prompt that runs for long is interrupted."""
-    arguments = [
-        "generate",
-        str(TINY_MODEL),
-        "-n",
-        "64",
-        "--max-new-tokens",
-        "200000",
-        "--top-k",
-        "0",
-        "--seed",
-        "1",
-        "--json",
-    ]
-    with subprocess.Popen(
-        [sys.executable, "-m", "ramekin", *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        assert process.stdin
-        process.stdin.write(b"x")
-        process.stdin.close()
-        process.stdin = None
-        time.sleep(2.5)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert json.loads(out)["samples"]
-    assert err.strip() == b"ramekin: stopped"
+@pytest.mark.parametrize("command", ["generate", "questions"])
+def test_ctrl_c_prints_the_samples_that_are_finished(command: str, paper: str) -> None:
+    code = f"""
+import os, signal
+from ramekin.model import Model
+real = Model.step
+def step(self, token_ids, cache):
+    if cache.length == 60:
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(self, token_ids, cache)
+Model.step = step
+from ramekin.cli import main
+options = "-n 32 --max-new-tokens 5000 --top-k 0 --seed 1 --json".split()
+main([{command!r}, {str(TINY_MODEL)!r}, {paper!r}, *options])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130
+    samples = json.loads(done.stdout)["samples" if command == "generate" else "pairs"]
+    assert 0 < len(samples) < 32
+    assert all(len(sample["token_ids"]) <= 61 and sample["finish_reason"] == "eos" for sample in samples)
+    assert done.stderr.strip() == "ramekin: stopped"

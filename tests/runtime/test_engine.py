@@ -55,8 +55,8 @@ def test_streamed_samples_are_the_same(engine: Engine) -> None:
     assert [key(done[i]) for i in range(6)] == [key(c) for c in engine.generate(PROMPT, params)]
     for index, completion in done.items():
         tokens = [event for event in events if isinstance(event, Token) and event.index == index]
-        assert tuple(token.token_id for token in tokens) == completion.token_ids[: len(tokens)]
-        assert completion.text.startswith("".join(token.text for token in tokens))
+        assert tuple(token.token_id for token in tokens) == completion.token_ids
+        assert "".join(token.text for token in tokens) == completion.text
     first_done = next(i for i, event in enumerate(events) if isinstance(event, Completion))
     assert any(isinstance(event, Token) for event in events[first_done:])  # others go on after one has finished
 
@@ -90,7 +90,16 @@ def test_stop_strings(engine: Engine) -> None:
     assert completion.finish_reason == "stop"
     assert completion.text == whole[: whole.index(stop)]
     streamed = engine.stream(PROMPT, SamplingParams(n=1, seed=5, max_new_tokens=40, temperature=2.0, **params))
-    assert stop not in "".join(event.text for event in streamed if isinstance(event, Token))
+    assert "".join(event.text for event in streamed if isinstance(event, Token)) == completion.text
+
+
+@pytest.mark.parametrize("params", [{"max_new_tokens": 8, "min_new_tokens": 8}, {"stop": ("zzzzzzzzzz",)}, {"greedy": True}])
+def test_streamed_text_adds_up(engine: Engine, params: dict[str, object]) -> None:
+    """However a sample ends, and whatever was held back for a stop string."""
+    for seed in range(5):
+        events = list(engine.stream(PROMPT, SamplingParams(**{"seed": seed, "max_new_tokens": 40, **params})))
+        assert isinstance(events[-1], Completion)
+        assert "".join(event.text for event in events[:-1]) == events[-1].text
 
 
 def test_logprobs_are_those_of_score(engine: Engine) -> None:

@@ -55,6 +55,25 @@ def test_papers_in_every_form(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "introduction"),
+    [
+        ("## Introduction\nOne.\n### Contributions\nTwo.\n## Method\nNo.", "One. Contributions Two."),
+        ("1. Introduction\n1. We propose a parser\n2. We evaluate it on five languages and more\n2. Method\nNo.", None),
+        ("Introduction\nIt uses\n3 Transformers of different sizes and shapes\nand more.", None),
+        ("**Introduction:** We do X.", "We do X."),
+        ("**Introduction**: We do X.", "We do X."),
+    ],
+)
+def test_sections_keep_what_is_theirs(text: str, introduction: str | None) -> None:
+    found = Paper.parse(text).introduction
+    if introduction is None:
+        assert "No." not in found
+        assert found.endswith(("more", "more."))
+    else:
+        assert found == introduction
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
         (b"\xff\xfe\x00", "not UTF-8"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
 from ramekin import Engine
-from ramekin.tokenizer import IncrementalDecoder, first_stop
+from ramekin.manifest import SpecialTokens
+from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
 from tests.runtime.conftest import TINY_MODEL
 
 TOKENIZER = Engine.load(TINY_MODEL, threads=1).tokenizer
@@ -27,8 +30,57 @@ def test_round_trip() -> None:
 def test_any_ids_decode_and_incremental_text_adds_up(seed: int) -> None:
     ids = np.random.default_rng(seed).integers(-5, 600, 60).tolist()
     decoder = IncrementalDecoder(TOKENIZER)
-    parts = [decoder.push(i) for i in ids]
-    assert "".join([*parts, decoder.finish()]) == TOKENIZER.decode(ids) == decoder.text
+    for i in ids:
+        told = decoder.text
+        decoder.push(i)
+        assert decoder.text.startswith(told)
+    decoder.finish()
+    assert decoder.text == TOKENIZER.decode(ids)
+
+
+class Bytes:
+    """A SentencePiece model with byte fallback, as far as the tokenizer asks."""
+
+    pieces: ClassVar = ["<pad>", "</s>", "<unk>", "\u2581a", *(f"<0x{byte:02X}>" for byte in range(256))]
+
+    def get_piece_size(self) -> int:
+        return len(self.pieces)
+
+    def pad_id(self) -> int:
+        return 0
+
+    def eos_id(self) -> int:
+        return 1
+
+    def unk_id(self) -> int:
+        return 2
+
+    def id_to_piece(self, i: int) -> str:
+        return self.pieces[i]
+
+    def is_byte(self, i: int) -> bool:
+        return i > 3
+
+    def is_control(self, i: int) -> bool:
+        return i < 2
+
+
+def test_characters_of_several_bytes() -> None:
+    tokens = SpecialTokens(start=0, pad=0, eos=(1,), named={"[SEP]": 300, "<extra_id_0>": 301}, silent=(301,))
+    tokenizer = Tokenizer(Bytes(), tokens)
+    ids = [3, *(byte + 4 for byte in "\u20ac".encode()), 300, 301, 3, 4 + 0xFF, 2, 1, 0]
+    assert tokenizer.decode(ids) == "a\u20ac[SEP] a\ufffd"
+    decoder, told = IncrementalDecoder(tokenizer), []
+    for i in ids:
+        decoder.push(i)
+        told.append(decoder.text)
+    assert told[:4] == ["a", "a", "a", "a\u20ac"]
+    decoder.finish()
+    assert decoder.text == tokenizer.decode(ids)
+
+
+def test_half_a_surrogate_pair_is_a_question_mark() -> None:
+    assert TOKENIZER.encode("a \ud800") == TOKENIZER.encode("a ?")
 
 
 @pytest.mark.parametrize("seed", range(20))
