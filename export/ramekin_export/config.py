@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ class T5Config:
         epsilon: of the RMS norms.
         tied: what the config says of `tie_word_embeddings`; None if nothing.
         scaled: what the config says of `scale_decoder_outputs` (transformers 5); None if nothing.
+        saved_by: the first number of the version of transformers that wrote the config; 0 if it does not say.
     """
 
     dims: Dims
@@ -36,6 +38,7 @@ class T5Config:
     epsilon: float
     tied: bool | None
     scaled: bool | None
+    saved_by: int
     model_type: str
 
     @property
@@ -88,14 +91,15 @@ class T5Config:
             epsilon=epsilon,
             tied=_flag(raw, "tie_word_embeddings"),
             scaled=_flag(raw, "scale_decoder_outputs"),
+            saved_by=int(version[1]) if (version := re.match(r"(\d{1,3})\.", str(raw.get("transformers_version")))) else 0,
             model_type=str(model_type),
         )
 
     def head(self, equal_to_embedding: bool | None) -> bool:
         """Whether the decoder's output is scaled by `d_model ** -0.5` before the head, as v1.0 does.
 
-        transformers 4 scales if `tie_word_embeddings`; transformers 5 writes `tie_word_embeddings: true` for every T5
-        and decides by `scale_decoder_outputs`. So the weights are asked first.
+        transformers 4 scales if `tie_word_embeddings`; transformers 5 writes `tie_word_embeddings: true` for every model,
+        decides by `scale_decoder_outputs` for T5 and never scales mT5. So the weights are asked first.
 
         Args:
             equal_to_embedding: whether the head's weights are the embedding's; None if there are no weights of its own.
@@ -105,14 +109,19 @@ class T5Config:
         """
         if self.scaled is not None:
             return self.scaled
-        if equal_to_embedding is not False:
-            return self.tied is not False if self.model_type == "t5" else bool(self.tied)
-        if self.tied is False or (self.tied is None and self.model_type == "mt5"):
-            return False
+        if equal_to_embedding is False:
+            if self.tied is False or self.model_type == "mt5":  # transformers 5 writes true for mT5, and never scales it
+                return False
+        elif self.model_type == "t5":
+            return self.tied is not False
+        elif not self.tied or self.saved_by:
+            return bool(self.tied) and self.saved_by == 4
+        message = "tie_word_embeddings: true does not tell whether the head of an mT5 is scaled"
+        if equal_to_embedding is False:
+            message = "tie_word_embeddings is not false, yet lm_head.weight differs from shared.weight"
         raise CheckpointError(
-            "config.json does not say tie_word_embeddings: false, yet lm_head.weight differs from shared.weight: "
-            'versions of transformers disagree on this checkpoint. Add "scale_decoder_outputs": false to config.json '
-            "for FLAN-T5, T5 v1.1 and mT5, or true for T5 v1.0"
+            f'config.json: {message}: versions of transformers disagree on this checkpoint. Add "scale_decoder_outputs": '
+            "false to config.json for FLAN-T5, T5 v1.1 and mT5, or true for T5 v1.0"
         )
 
 

@@ -173,6 +173,10 @@ SCALED, PLAIN = 64**-0.5, 1.0
         ("v1.0", {"scale_decoder_outputs": False}, None, Head("shared.weight", PLAIN)),
         # mT5's class says False by itself
         ("mt5", {"tie_word_embeddings": None}, None, Head("lm_head.weight", PLAIN)),
+        # transformers 5 writes true for it all the same, and never scales it; transformers 4 does if it is tied
+        ("mt5", {"tie_word_embeddings": True, "transformers_version": "5.23.0"}, None, Head("lm_head.weight", PLAIN)),
+        ("mt5", {"tie_word_embeddings": True, "transformers_version": "5.23.0"}, tie, Head("shared.weight", PLAIN)),
+        ("mt5", {"tie_word_embeddings": True, "transformers_version": "4.57.6"}, drop_head, Head("shared.weight", SCALED)),
     ],
 )
 def test_heads(copy: Callable[[str], Path], variant: str, config: dict[str, Any], weights: Any, expected: Head) -> None:
@@ -189,6 +193,14 @@ def test_ambiguous_heads_are_refused(copy: Callable[[str], Path], tied: bool | N
     folder = copy("flan")
     edit_config(folder, tie_word_embeddings=tied)
     with pytest.raises(CheckpointError, match=r'versions of transformers disagree.*"scale_decoder_outputs": false'):
+        head_of(folder)
+
+
+def test_a_tied_mt5_of_unknown_origin_is_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("mt5")
+    edit_config(folder, tie_word_embeddings=True)
+    edit_weights(folder, tie)
+    with pytest.raises(CheckpointError, match="does not tell whether the head of an mT5 is scaled"):
         head_of(folder)
 
 
