@@ -10,6 +10,7 @@ from ramekin.engine import Completion, Engine, Token, TruncationWarning
 from ramekin.errors import (
     CheckpointError,
     FormatVersionError,
+    InputError,
     ModelFormatError,
     ModelNotFoundError,
     PaperError,
@@ -25,6 +26,7 @@ __all__ = [
     "Completion",
     "Engine",
     "FormatVersionError",
+    "InputError",
     "ModelFormatError",
     "ModelNotFoundError",
     "Paper",

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,13 +16,14 @@ import click
 import ramekin
 from ramekin import golden
 from ramekin.engine import Completion, Engine, TruncationWarning
-from ramekin.errors import PaperError, RamekinError
+from ramekin.errors import RamekinError
+from ramekin.inputs import read_papers, read_prompts
 from ramekin.manifest import Manifest
-from ramekin.paper import Paper, QAPair, build_prompt, valid_text
+from ramekin.options import Command, model_options, sampling_options
+from ramekin.paper import QAPair, build_prompt
 from ramekin.sampling import SamplingParams
 
 Item = TypeVar("Item")
-Command = Callable[..., None]
 
 
 class _Commands(click.Group):
@@ -58,52 +59,11 @@ def cli() -> None:
     """Run fine-tuned T5 and FLAN-T5 models without PyTorch."""
 
 
-def _model_options(command: Command) -> Command:
-    for option in reversed(
-        [
-            click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: the usable cores]"),
-            click.option("--max-source-tokens", type=click.IntRange(1), help="Longest prompt.  [default: the model's]"),
-            click.option(
-                "--on-long",
-                type=click.Choice(["truncate", "error"]),
-                default="truncate",
-                show_default=True,
-                help="What to do with a longer prompt.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def _sampling_options(command: Command) -> Command:
-    """One option for each sampling parameter; one that is not given is the model's, or else the usual one."""
-    shown = SamplingParams()
-    for option in reversed(
-        [
-            click.option("-n", "n", type=int, help="Samples for each prompt."),
-            click.option("--seed", type=int, help="The same seed gives the same samples.  [default: a new one]"),
-            click.option("--max-new-tokens", type=int, help=f"Longest sample.  [default: {shown.max_new_tokens}]"),
-            click.option("--min-new-tokens", type=int, help="Shortest sample."),
-            click.option("--temperature", type=float, help=f"Divides the logits.  [default: {shown.temperature}]"),
-            click.option("--top-k", type=int, help=f"Draw from the k most likely; 0: all.  [default: {shown.top_k}]"),
-            click.option("--top-p", type=float, help=f"Draw from this much probability.  [default: {shown.top_p}]"),
-            click.option("--min-p", type=float, help="Draw only what has this share of the most likely one's probability."),
-            click.option("--repetition-penalty", type=float, help="Makes tokens that were used less likely, if above 1."),
-            click.option("--no-repeat-ngram-size", type=int, help="No n-gram of this size twice."),
-            click.option("--greedy", is_flag=True, default=None, help="Always the most likely token."),
-            click.option("--stop", multiple=True, help="End a sample at this text; may be given several times."),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path), default="-")
-@_sampling_options
-@_model_options
+@sampling_options
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each prompt, on a line of its own.")
 @click.option("--stream", is_flag=True, help="Show text as it comes (with several samples: each one when it is finished).")
 def generate(
@@ -123,7 +83,7 @@ def generate(
       echo "Translate to German: Hello." | ramekin generate model
       ramekin generate model prompts.jsonl -n 4 --seed 7 --json
     """
-    prompts = list(_read_prompts(file))
+    prompts = read_prompts(file)
     engine = _load(model, threads, max_source_tokens, on_long)
     params = _params(engine, sampling)
     for prompt in _progress(prompts, "prompts"):
@@ -168,8 +128,8 @@ def _completion_json(completion: Completion) -> dict[str, Any]:
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("paper", type=click.Path(path_type=Path))
-@_sampling_options
-@_model_options
+@sampling_options
+@model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each paper, on a line of its own.")
 @click.option("--all", "show_all", is_flag=True, help="Print malformed pairs too, with what is wrong with them.")
 def questions(
@@ -189,7 +149,7 @@ def questions(
       ramekin questions model paper.json -n 16
       ramekin questions model papers.jsonl -n 8 --seed 7 --json > pairs.jsonl
     """
-    papers = list(_read_papers(paper))
+    papers = read_papers(paper)
     engine = _load(model, threads, max_source_tokens, on_long)
     params = _params(engine, {**sampling, "n": 16 if sampling["n"] is None else sampling["n"]})
     malformed = total = 0
@@ -283,55 +243,6 @@ def _params(engine: Engine, sampling: dict[str, Any]) -> SamplingParams:
         return engine.params(**given)
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
-
-
-def _read_prompts(file: Path) -> Iterator[str]:
-    if str(file) == "-":
-        yield _utf8(sys.stdin.buffer.read(), "standard input").rstrip("\n")
-        return
-    text = _read(file)
-    if file.suffix != ".jsonl":
-        yield text.rstrip("\n")
-        return
-    for number, raw in _json_lines(file, text):
-        prompt = raw.get("prompt") if isinstance(raw, dict) else raw
-        if not isinstance(prompt, str):
-            raise click.ClickException(f'{file}, line {number}: expected a text or an object with "prompt"')
-        yield valid_text(prompt)
-
-
-def _read_papers(file: Path) -> Iterator[Paper]:
-    if file.suffix != ".jsonl":
-        yield Paper.read(file)
-        return
-    for number, raw in _json_lines(file, _read(file)):
-        try:
-            yield Paper.from_mapping(raw)
-        except PaperError as error:
-            raise PaperError(f"{file}, line {number}: {error}") from None
-
-
-def _json_lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise click.ClickException(f"{file}, line {number}: not JSON ({error})") from None
-
-
-def _read(file: Path) -> str:
-    try:
-        return _utf8(file.read_bytes(), str(file))
-    except OSError as error:
-        raise click.ClickException(f"{file}: cannot be read: {error.strerror or error}") from None
-
-
-def _utf8(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise click.ClickException(f"{name}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 def _progress(items: list[Item], what: str) -> Iterator[Item]:

@@ -5,7 +5,8 @@ RamekinError
 ├── ModelFormatError (ValueError)            the model folder is damaged, altered or not one of ours
 │   └── FormatVersionError                   it was written by another version of ramekin
 ├── CheckpointError (ValueError)             the checkpoint to export is damaged, ambiguous or not a T5
-├── PaperError (ValueError)                  a file is not a paper
+├── InputError (ValueError)                  a file of prompts or papers is not what was expected
+│   └── PaperError                           a file is not a paper
 ├── RuntimeVersionError (ImportError)        onnxruntime is missing or of a version that is not supported
 └── VerificationError                        a model folder does not compute what it did when it was exported
 """
@@ -33,7 +34,11 @@ class CheckpointError(RamekinError, ValueError):
     """The checkpoint to export is damaged, ambiguous or not a T5."""
 
 
-class PaperError(RamekinError, ValueError):
+class InputError(RamekinError, ValueError):
+    """A file of prompts or papers is not what was expected."""
+
+
+class PaperError(InputError):
     """A file is not a paper."""
 
 

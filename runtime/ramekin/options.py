@@ -1,0 +1,53 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import click
+
+from ramekin.sampling import SamplingParams
+
+Command = Callable[..., None]
+
+
+def model_options(command: Command) -> Command:
+    """How a model is loaded."""
+    for option in reversed(
+        [
+            click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: the usable cores]"),
+            click.option("--max-source-tokens", type=click.IntRange(1), help="Longest prompt.  [default: the model's]"),
+            click.option(
+                "--on-long",
+                type=click.Choice(["truncate", "error"]),
+                default="truncate",
+                show_default=True,
+                help="What to do with a longer prompt.",
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def sampling_options(command: Command) -> Command:
+    """One option for each sampling parameter; one that is not given is the model's, or else the usual one."""
+    shown = SamplingParams()
+    for option in reversed(
+        [
+            click.option("-n", "n", type=int, help="Samples for each prompt."),
+            click.option("--seed", type=int, help="The same seed gives the same samples.  [default: a new one]"),
+            click.option("--max-new-tokens", type=int, help=f"Longest sample.  [default: {shown.max_new_tokens}]"),
+            click.option("--min-new-tokens", type=int, help="Shortest sample."),
+            click.option("--temperature", type=float, help=f"Divides the logits.  [default: {shown.temperature}]"),
+            click.option("--top-k", type=int, help=f"Draw from the k most likely; 0: all.  [default: {shown.top_k}]"),
+            click.option("--top-p", type=float, help=f"Draw from this much probability.  [default: {shown.top_p}]"),
+            click.option("--min-p", type=float, help="Draw only what has this share of the most likely one's probability."),
+            click.option("--repetition-penalty", type=float, help="Makes tokens that were used less likely, if above 1."),
+            click.option("--no-repeat-ngram-size", type=int, help="No n-gram of this size twice."),
+            click.option("--greedy", is_flag=True, default=None, help="Always the most likely token."),
+            click.option("--stop", multiple=True, help="End a sample at this text; may be given several times."),
+        ]
+    ):
+        command = option(command)
+    return command
