@@ -151,11 +151,12 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
     try:
         try:
-            wanted = _wanted(hub.HfApi().list_repo_files(repository, revision=revision))
+            listing = hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings or []
         except (HfHubHTTPError, HFValidationError):
             raise
         except Exception:  # offline: every transport has errors of its own
             return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
+        wanted = _wanted(each.rfilename for each in listing)
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except LocalEntryNotFoundError:
         reason = "the Hub cannot be reached and its cache does not have it; check the network or give a folder"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -359,6 +360,29 @@ def test_hub_ids_that_are_not_to_be_had(
     assert done.stderr.startswith("ramekin: ")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_the_hub_is_asked_for_what_is_needed(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the Hub: what is listed, what is downloaded, and which revision."""
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def model_info(_: Any, repository: str, *, revision: str, timeout: float) -> Any:
+        asked.append((repository, revision))
+        names = ["config.json", "spiece.model", "model.safetensors", "pytorch_model.bin"]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def snapshot_download(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision, allow_patterns))
+        return str(checkpoint("flan"))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    opened = Checkpoint.open("someone/t5", "v2")
+    assert asked == [("someone/t5", "v2"), ("someone/t5", "v2", ["config.json", "model.safetensors", "spiece.model"])]
+    assert (opened.source["repository"], opened.source["revision"]) == ("someone/t5", "v2")
+    assert "shared.weight" in opened
 
 
 def test_only_what_is_needed_is_downloaded() -> None:
