@@ -53,6 +53,8 @@ class Checkpoint:
         """
         folder = Path(source)
         if folder.is_dir():
+            if revision:
+                raise CheckpointError(f"{source}: a folder has no revisions; leave --revision out")
             return cls(folder, {"folder": folder.resolve().name})
         if not _HUB_ID.fullmatch(source):
             raise CheckpointError(f"{source}: neither a folder nor a Hub id such as google/flan-t5-small")
@@ -113,7 +115,7 @@ def _open_shards(index: Path, open_file: Callable[[Path], dict[str, Reader]]) ->
     shards: dict[str, dict[str, Reader]] = {}
     readers: dict[str, Reader] = {}
     for tensor, file in weight_map.items():
-        if file not in shards:
+        if not isinstance(file, str) or file not in shards:
             if not isinstance(file, str) or Path(file).name != file or not (index.parent / file).is_file():
                 raise CheckpointError(
                     f"{index}: names a shard {file!r} that is not in the folder; download the checkpoint again"

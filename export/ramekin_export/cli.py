@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ramekin.cli import questions
+from ramekin.cli import is_terminal, questions
 from ramekin.manifest import DEFAULT_PROMPT
-from ramekin.paper import Paper, build_prompt
+from ramekin.paper import check_prompt
 from ramekin_export.pipeline import Progress
 from ramekin_export.pipeline import export as run_export
 from ramekin_export.recipe import RECIPES
@@ -22,17 +23,16 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @contextmanager
 def _progress_bar(label: str) -> Iterator[Progress]:
-    """A bar on stderr if a person watches."""
-    if not sys.stderr.isatty():
-        yield lambda _done, _total: None
-        return
-    with click.progressbar(length=1, label=label, file=sys.stderr, width=30) as bar:
+    """A bar on stderr if a person watches, from the first progress on."""
+    with ExitStack() as stack:
+        bars: list[Any] = []
 
         def advance(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done)
+            if not bars:
+                bars.append(stack.enter_context(click.progressbar(length=total, label=label, file=sys.stderr, width=30)))
+            bars[0].update(done)
 
-        yield advance
+        yield advance if is_terminal(sys.stderr) else lambda _done, _total: None
 
 
 @click.command()
@@ -43,7 +43,7 @@ def _progress_bar(label: str) -> Iterator[Progress]:
 @click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
 def export(source: str, out: Path, precision: str, revision: str | None, prompt: str, force: bool) -> None:
-    r"""Turn a T5 checkpoint into a model folder: two ONNX graphs, a tokenizer and a manifest.
+    """Turn a T5 checkpoint into a model folder: two ONNX graphs, a tokenizer and a manifest.
 
     SOURCE is a folder as save_pretrained writes it, or a Hub id.
 
@@ -53,7 +53,7 @@ def export(source: str, out: Path, precision: str, revision: str | None, prompt:
       ramekin export UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation model --precision int4
     """
     try:
-        build_prompt(Paper(abstract="x"), prompt)
+        check_prompt(prompt)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     with _progress_bar(f"export {precision}") as advance:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,9 +16,9 @@ from typing import Any
 import ramekin
 from ramekin import golden
 from ramekin.engine import Engine
-from ramekin.errors import CheckpointError, RuntimeVersionError
+from ramekin.errors import CheckpointError, RamekinError, RuntimeVersionError
 from ramekin.manifest import DECODER, DEFAULT_PROMPT, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest
-from ramekin.paper import Paper, build_prompt
+from ramekin.paper import check_prompt
 from ramekin.sampling import SamplingParams
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
@@ -68,8 +70,10 @@ def export(
     """
     if precision not in RECIPES:
         raise ValueError(f"precision must be one of {', '.join(RECIPES)}, not {precision!r}")
-    build_prompt(Paper(abstract="x"), prompt)
+    check_prompt(prompt)
     out = out.resolve()
+    if Path(source).is_dir() and Path(source).resolve().is_relative_to(out):
+        raise FileExistsError(f"{out}: is or holds the checkpoint itself; export to another folder")
     _check_target(out, force)
     checkpoint = Checkpoint.open(source, revision)
     config = T5Config.from_json(checkpoint.config)
@@ -153,10 +157,20 @@ def _with_golden_run(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def _check_target(out: Path, force: bool) -> None:
-    if out.exists() and not force:
+    """Nothing but a model folder is ever replaced, and only by force."""
+    if not out.exists():
+        return
+    if not force:
         raise FileExistsError(f"{out}: is there already; --force replaces it")
-    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir() if out.is_dir() else [out]):
-        raise FileExistsError(f"{out}: is not a model folder, so --force does not replace it")
+    entries = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    try:
+        ours = {MANIFEST, *Manifest.load(out).files} if entries else set()
+    except RamekinError:
+        ours = set()
+    if entries - ours:
+        raise FileExistsError(
+            f"{out}: holds other things than a model ({min(entries - ours)!r}), so --force does not replace it"
+        )
 
 
 @contextmanager
@@ -166,7 +180,8 @@ def _whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     retired = folder.with_suffix(".old")
     try:
-        folder.chmod(0o755)
+        os.umask(umask := os.umask(0))
+        folder.chmod(0o777 & ~umask)
         yield folder
         _check_target(out, force)  # somebody may have put something there meanwhile
         if out.exists():
@@ -177,6 +192,10 @@ def _whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
             if retired.exists():
                 retired.rename(out)
             raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(errno.ENOSPC, f"{out.parent}: no space left on this disk; free some and export again") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,8 @@ import click
 
 import ramekin
 from ramekin import golden
-from ramekin.engine import Completion, Engine, TruncationWarning
-from ramekin.errors import RamekinError
+from ramekin.engine import Completion, Engine
+from ramekin.errors import InputError, RamekinError
 from ramekin.inputs import read_papers, read_prompts
 from ramekin.manifest import Manifest
 from ramekin.options import Command, model_options, sampling_options
@@ -41,7 +42,10 @@ class _Commands(click.Group):
                 command: click.Command = each.load()
             except ImportError as error:
                 reason = f"`ramekin {cmd_name}` needs {error.name}: pip install 'ramekin[cpu,export]'"
-                return click.Command(cmd_name, callback=_refuse(reason), short_help=f"(needs {error.name})")
+                anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+                return click.Command(
+                    cmd_name, anything, _refuse(reason), short_help=f"(needs {error.name})", add_help_option=False
+                )
             return command
         return None
 
@@ -53,10 +57,17 @@ def _refuse(reason: str) -> Command:
     return refuse
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    cls=_Commands,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(ramekin.__version__, prog_name="ramekin")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Run fine-tuned T5 and FLAN-T5 models without PyTorch."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 @cli.command()
@@ -76,20 +87,24 @@ def generate(
     stream: bool,
     **sampling: Any,
 ) -> None:
-    r"""Continue the prompt in FILE (- or nothing: stdin); a .jsonl FILE holds many, each a text or an object with "prompt".
+    """Continue the prompt in FILE (- or nothing: stdin); a .jsonl FILE holds many, each a text or an object with "prompt".
 
     \b
     Examples:
       echo "Translate to German: Hello." | ramekin generate model
       ramekin generate model prompts.jsonl -n 4 --seed 7 --json
     """
+    if str(file) == "-" and is_terminal(sys.stdin):
+        _say("reading the prompt from this terminal; Ctrl-D ends it")
     prompts = read_prompts(file)
-    engine = _load(model, threads, max_source_tokens, on_long)
+    engine = Engine.load(model, threads=threads, max_source_tokens=max_source_tokens)
     params = _params(engine, sampling)
-    for prompt in _progress(prompts, "prompts"):
+    labels = [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number in range(1, len(prompts) + 1)]
+    sources = _sources(engine, labels, prompts, on_long)
+    for prompt, source in _progress(list(zip(prompts, sources, strict=True)), "prompts"):
         done: list[Completion] = []
         try:
-            for event in engine.stream(prompt, params):
+            for event in engine.stream(source, params):
                 if isinstance(event, Completion):
                     done.append(event)
                     if stream and not as_json and params.n > 1:
@@ -142,7 +157,7 @@ def questions(
     show_all: bool,
     **sampling: Any,
 ) -> None:
-    r"""Ask and answer questions about a PAPER: JSON with title, abstract, introduction; text with such headings; or .jsonl.
+    """Ask and answer questions about a PAPER: JSON with title, abstract, introduction; text with such headings; or .jsonl.
 
     \b
     Examples:
@@ -150,7 +165,7 @@ def questions(
       ramekin questions model papers.jsonl -n 8 --seed 7 --json > pairs.jsonl
     """
     papers = read_papers(paper)
-    engine = _load(model, threads, max_source_tokens, on_long)
+    engine = Engine.load(model, threads=threads, max_source_tokens=max_source_tokens)
     params = _params(engine, {**sampling, "n": 16 if sampling["n"] is None else sampling["n"]})
     malformed = total = 0
 
@@ -173,10 +188,13 @@ def questions(
                 note = f"\n   ({pair.problem})" if pair.problem else ""
                 click.echo(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
 
-    for each in _progress(papers, "papers"):
+    labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
+    prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
+    sources = _sources(engine, labels, prompts, on_long)
+    for each, source in _progress(list(zip(papers, sources, strict=True)), "papers"):
         done: list[Completion] = []
         try:
-            events = engine.stream(build_prompt(each, engine.manifest.prompt), params)
+            events = engine.stream(source, params)
             done.extend(event for event in events if isinstance(event, Completion))
         except KeyboardInterrupt:
             tell(each.title, done)
@@ -211,12 +229,16 @@ def info(model: Path, as_json: bool) -> None:
             ", ".join(f"{name}={value}" for name, value in manifest.generation.items()) or "the usual defaults",
         ),
         ("onnxruntime", str(manifest.onnxruntime)),
-        *((f"source {name}", str(value)) for name, value in manifest.source.items()),
+        *(
+            (f"source {name}", ", ".join(value) if isinstance(value, dict) else str(value))
+            for name, value in manifest.source.items()
+        ),
         *((f"recipe {name}", str(value)) for name, value in manifest.recipe.items()),
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
+        shown = "".join(each if each.isprintable() else "?" for each in value)
+        click.echo(f"{name:<{width}}  {shown}")
 
 
 @cli.command()
@@ -231,10 +253,19 @@ def verify(model: Path, threads: int | None) -> None:
     click.echo(f"golden run: log-probabilities within {difference:.1e} of those at export")
 
 
-def _load(model: Path, threads: int | None, max_source_tokens: int | None, on_long: str) -> Engine:
-    if on_long == "error":
-        warnings.simplefilter("error", TruncationWarning)
-    return Engine.load(model, threads=threads, max_source_tokens=max_source_tokens)
+def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str) -> list[Any]:
+    """The token ids of all prompts; which of them are too long is told before any is run."""
+    sources = []
+    for label, prompt in zip(labels, prompts, strict=True):
+        with warnings.catch_warnings(record=True) as caught:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleared away
+            sources.append(engine.source_ids(prompt))
+        for each in caught:
+            if on_long == "error":
+                limit, count = engine.manifest.max_source_tokens, len(engine.tokenizer.encode(prompt))
+                raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
+            _say(f"{label}: {each.message}")
+    return sources
 
 
 def _params(engine: Engine, sampling: dict[str, Any]) -> SamplingParams:
@@ -246,12 +277,17 @@ def _params(engine: Engine, sampling: dict[str, Any]) -> SamplingParams:
 
 
 def _progress(items: list[Item], what: str) -> Iterator[Item]:
-    """The items, with a progress bar on stderr if there are several and a person watches."""
-    if len(items) < 2 or not sys.stderr.isatty():
+    """The items, with a progress bar on stderr if there are several and a person watches it, and not the results."""
+    if len(items) < 2 or not is_terminal(sys.stderr) or is_terminal(sys.stdout):
         yield from items
         return
     with click.progressbar(items, label=what, file=sys.stderr, show_pos=True) as bar:
         yield from bar
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a person is at the other end; a closed stream is None."""
+    return stream is not None and bool(stream.isatty())
 
 
 def _say(problem: object) -> None:
@@ -265,10 +301,11 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command `ramekin`: every problem that is not a bug is one line on stderr."""
     warnings.showwarning = _show_warning
-    warnings.simplefilter("always", TruncationWarning)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleared away
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="ramekin", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except click.UsageError as error:
         hint = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
         _say(f"{error.format_message()}{hint}")
@@ -282,8 +319,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (RamekinError, TruncationWarning, OSError) as error:
+    except (RamekinError, FileExistsError) as error:
         _say(error)
+        sys.exit(1)
+    except OSError as error:
+        _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
         sys.exit(1)
     except MemoryError as error:
         _say(f"not enough memory ({error}); ask for fewer samples or shorter ones")

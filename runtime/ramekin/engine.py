@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from ramekin.cache import Floats
 from ramekin.errors import ModelFormatError
-from ramekin.manifest import TOKENIZER, Manifest
+from ramekin.manifest import MANIFEST, TOKENIZER, Manifest
 from ramekin.model import Model
+from ramekin.paper import check_prompt
 from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
 from ramekin.session import PROVIDERS, usable_cores
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
@@ -110,8 +111,9 @@ class Engine:
         """
         if provider not in PROVIDERS:
             raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, not {provider!r}")
-        if threads is not None and threads < 1:
-            raise ValueError(f"threads must be at least 1, not {threads}")
+        most = max(64, 4 * (os.cpu_count() or 1))
+        if threads is not None and not 1 <= threads <= most:
+            raise ValueError(f"threads must be from 1 to {most}, not {threads}")
         if max_source_tokens is not None and max_source_tokens < 1:
             raise ValueError(f"max_source_tokens must be at least 1, not {max_source_tokens}")
         folder = Path(folder)
@@ -122,6 +124,11 @@ class Engine:
         tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
         if tokenizer.piece_count > manifest.dims.vocab_size:
             raise ModelFormatError(f"{folder}: {TOKENIZER} has more pieces than the model; export the model again")
+        try:
+            check_prompt(manifest.prompt)
+            SamplingParams(**SamplingParams.known(manifest.generation))
+        except (TypeError, ValueError) as error:
+            raise ModelFormatError(f"{folder / MANIFEST}: {error}; export the model again") from None
         return cls(Model.load(folder, manifest, provider, threads or usable_cores()), tokenizer, manifest)
 
     def params(self, **values: Any) -> SamplingParams:
@@ -148,11 +155,11 @@ class Engine:
             ValueError: token ids are outside the vocabulary, or there are none.
         """
         params = params or self.params()
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = secrets.randbits(63) if params.seed is None else int(params.seed)
         eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
-        draws = uniforms(seed, params.n, params.max_new_tokens)
         cross = self.model.prefill(self.source_ids(source))
         cache = self.model.new_cache(cross, params.n, params.max_new_tokens, params.candidates)
+        draws = uniforms(seed, params.n, params.max_new_tokens)
         running = [_Sample(i, IncrementalDecoder(self.tokenizer), [start]) for i in range(params.n)]
         while running:
             logits = self.model.step([sample.history[-1] for sample in running], cache)

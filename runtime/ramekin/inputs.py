@@ -19,9 +19,9 @@ def read_prompts(file: Path) -> list[str]:
         InputError: the file cannot be read, or a line is something else.
     """
     if str(file) == "-":
-        return [_utf8(sys.stdin.buffer.read(), "standard input").rstrip("\n")]
+        return [_read_stdin().rstrip("\n")]
     text = _read(file)
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         return [text.rstrip("\n")]
     prompts = []
     for number, raw in _json_lines(file, text):
@@ -29,16 +29,20 @@ def read_prompts(file: Path) -> list[str]:
         if not isinstance(prompt, str):
             raise InputError(f'{file}, line {number}: expected a text or an object with "prompt"')
         prompts.append(valid_text(prompt))
+    if not prompts:
+        raise InputError(f"{file}: no prompts in it")
     return prompts
 
 
 def read_papers(file: Path) -> list[Paper]:
-    """The papers of a file: one, as `Paper.read` takes it or, of a `.jsonl` file, one JSON object per line.
+    """The papers of a file: one, as `Paper.read` takes it (`-`: standard input) or, of a `.jsonl` file, one per line.
 
     Raises:
         InputError: the file cannot be read, or a line is not a paper.
     """
-    if file.suffix != ".jsonl":
+    if str(file) == "-":
+        return [Paper.parse(_read_stdin())]
+    if file.suffix.lower() != ".jsonl":
         return [Paper.read(file)]
     papers = []
     for number, raw in _json_lines(file, _read(file)):
@@ -46,6 +50,8 @@ def read_papers(file: Path) -> list[Paper]:
             papers.append(Paper.from_mapping(raw))
         except PaperError as error:
             raise PaperError(f"{file}, line {number}: {error}") from None
+    if not papers:
+        raise InputError(f"{file}: no papers in it")
     return papers
 
 
@@ -56,6 +62,12 @@ def _json_lines(file: Path, text: str) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{file}, line {number}: not JSON ({error})") from None
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None:
+        raise InputError("standard input is closed; name a file")
+    return _utf8(sys.stdin.buffer.read(), "standard input")
 
 
 def _read(file: Path) -> str:

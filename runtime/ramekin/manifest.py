@@ -194,6 +194,7 @@ class Manifest:
         """
         try:
             raw = json.loads(text)
+            json.dumps(raw, ensure_ascii=False).encode()  # no halves of surrogate pairs
         except (ValueError, RecursionError) as error:
             raise ModelFormatError(f"not JSON: {error}") from None
         if not isinstance(raw, dict) or "format_version" not in raw:

@@ -35,7 +35,7 @@ def sampling_options(command: Command) -> Command:
     shown = SamplingParams()
     for option in reversed(
         [
-            click.option("-n", "n", type=int, help="Samples for each prompt."),
+            click.option("-n", "n", type=int, help="Samples for each prompt.  [default: 1, for questions 16]"),
             click.option("--seed", type=int, help="The same seed gives the same samples.  [default: a new one]"),
             click.option("--max-new-tokens", type=int, help=f"Longest sample.  [default: {shown.max_new_tokens}]"),
             click.option("--min-new-tokens", type=int, help="Shortest sample."),

@@ -159,6 +159,17 @@ def build_prompt(paper: Paper, template: str = DEFAULT_PROMPT) -> str:
     return "".join(pieces)
 
 
+def check_prompt(template: str) -> None:
+    """Refuse a template that `build_prompt` cannot fill, or that leaves the paper out.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    abstract, introduction = "\0a", "\0i"
+    if not any(part in build_prompt(Paper("", abstract, introduction), template) for part in (abstract, introduction)):
+        raise ValueError("prompt template: it has neither {abstract} nor {introduction}, so no paper would be read")
+
+
 @dataclass(frozen=True)
 class QAPair:
     """A question and its answer, and what is wrong with the text that they came from (None: nothing)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,11 +65,11 @@ class SamplingParams:
         _check_integer("n", self.n, 1, 1 << 16)
         _check_integer("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
         _check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        _check_number("temperature", self.temperature, 0, math.inf, "a number above 0 (greedy=True for the limit 0)")
+        _check_number("temperature", self.temperature, 9e-5, 1e4, "a number from 0.0001 to 10000 (greedy is the limit 0)")
         _check_integer("top_k", self.top_k, 0, 1 << 31)
         _check_number("top_p", self.top_p, 0, math.nextafter(1, 2), "a number above 0 and at most 1")
         _check_number("min_p", self.min_p, -5e-324, 1, "a number from 0 up to, not including, 1")
-        _check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, "a number above 0")
+        _check_number("repetition_penalty", self.repetition_penalty, 9e-5, 1e4, "a number from 0.0001 to 10000")
         _check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 1 << 20)
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, (1 << 64) - 1)
@@ -259,14 +260,14 @@ def log_probabilities(logits: Floats, chosen: Ids) -> Floats:
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise ValueError(f"{name} must be from {low} to {high}, not {value}")
 
 
 def _check_number(name: str, value: object, above: float, below: float, wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    if not above < value < below:
+    if not above < float(value) < below:
         raise ValueError(f"{name} must be {wanted}, not {value}")

@@ -302,6 +302,7 @@ def index(content: str) -> Callable[[Path], None]:
         (index("{}"), "no weight_map"),
         (index('{"weight_map": {"shared.weight": "model-1.safetensors"}}'), "not in the folder"),
         (index('{"weight_map": {"shared.weight": 3}}'), "not in the folder"),
+        (index('{"weight_map": {"shared.weight": ["x"]}}'), "not in the folder"),
         (index('{"weight_map": {"shared.weight": "../model.safetensors"}}'), "not in the folder"),
     ],
 )
@@ -347,6 +348,7 @@ def test_a_hub_id_offline_from_its_cache(checkpoint: Callable[[str], Path], tmp_
         (["someone/tiny-t5", "--revision", "old"], "the Hub cannot be reached and its cache"),
         (["./none"], "./none: neither a folder nor a Hub id"),
         (["a/b/c"], "neither a folder nor a Hub id"),
+        ([".", "--revision", "main"], "a folder has no revisions"),
         (["."], "not a checkpoint: it has no config.json"),
     ],
 )

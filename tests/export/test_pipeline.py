@@ -60,10 +60,10 @@ def test_an_existing_folder_is_replaced_only_by_force(checkpoint: Callable[[str]
 def test_force_replaces_nothing_but_models(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="is not a model folder"):
+    with pytest.raises(FileExistsError, match="holds other things than a model"):
         export(str(checkpoint("flan")), tmp_path / "thesis", force=True)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FileExistsError, match="is not a model folder"):
+    with pytest.raises(FileExistsError, match="holds other things than a model"):
         export(str(checkpoint("flan")), tmp_path / "file", force=True)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
 
@@ -107,6 +107,31 @@ def test_a_swap_that_fails_is_undone(
     assert Manifest.load(out).precision == "fp32"
 
 
+@pytest.mark.parametrize("manifest", ['{"name": "my app"}', "{}", "ours"])
+def test_a_manifest_alone_makes_no_model(checkpoint: Callable[[str], Path], tmp_path: Path, manifest: str) -> None:
+    """Web applications have a manifest.json too; and notes beside a model are somebody's notes."""
+    out = tmp_path / "web"
+    if manifest == "ours":
+        export(str(checkpoint("flan")), out, "fp32")
+    else:
+        out.mkdir()
+        (out / "manifest.json").write_text(manifest)
+    (out / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds other things than a model"):
+        export(str(checkpoint("flan")), out, force=True)
+    assert (out / "notes.md").read_text() == "mine"
+
+
+def test_the_checkpoint_itself_is_not_replaced(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "own" / "checkpoint"))
+    for out in (folder, folder.parent):
+        with pytest.raises(FileExistsError, match="is or holds the checkpoint itself"):
+            export(str(folder), out, force=True)
+    assert (folder / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_disk_that_fills_leaves_nothing(
@@ -136,8 +161,11 @@ def test_a_disk_that_fills_leaves_nothing(
         Engine.load(out)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_leaves_nothing(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_export_that_is_stopped_leaves_nothing(
+    checkpoint: Callable[[str], Path], tmp_path: Path, sent: signal.Signals, status: int
+) -> None:
     code = f"""
 import sys, time
 from ramekin_export import pipeline
@@ -156,10 +184,9 @@ main(["export", {str(checkpoint("flan"))!r}, {str(tmp_path / "model")!r}])
         assert process.stdout.readline() == "decoder\n"
         assert any(".partial" in name for name in names(tmp_path))
         time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "stopped" in err
+    assert process.returncode == status
     assert "Traceback" not in err
     assert names(tmp_path) == []
 
@@ -169,6 +196,8 @@ def test_wrong_arguments(checkpoint: Callable[[str], Path], tmp_path: Path) -> N
         export(str(checkpoint("flan")), tmp_path / "model", "int3")
     with pytest.raises(ValueError, match="prompt template: unknown field"):
         export(str(checkpoint("flan")), tmp_path / "model", prompt="{year}")
+    with pytest.raises(ValueError, match="so no paper would be read"):
+        export(str(checkpoint("flan")), tmp_path / "model", prompt="Ask something.")
 
 
 def test_generation_defaults_come_from_the_checkpoint(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

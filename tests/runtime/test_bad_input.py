@@ -92,6 +92,10 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw["dims"].update(vocab_size=100), "outside the vocabulary"),
         (lambda raw: raw["tokens"]["named"].update(We=9999), "outside the vocabulary"),
         (lambda raw: raw.update(prompt=5), "prompt must be str"),
+        (lambda raw: raw.update(prompt="{foo} {"), "prompt template"),
+        (lambda raw: raw.update(prompt="no paper"), "neither {abstract} nor {introduction}"),
+        (lambda raw: raw.update(variant="\ud800"), "not JSON"),
+        (lambda raw: raw.update(generation={"top_p": 5}), "top_p must be"),
         (lambda raw: raw.update(generation=[1]), "generation must be an object"),
         (lambda raw: raw.update(source=[1]), "source must be an object"),
         (lambda raw: raw["files"]["spiece.model"].update(bytes="x"), "files must give bytes"),
@@ -307,12 +311,19 @@ print(5e-324 > 0, bool(after))
         (["generate", "{model}", "{tmp}/deep.jsonl"], 1, "line 1: not JSON"),
         (["questions", "{model}", "{tmp}/deep.json"], 1, "deep.json: neither JSON"),
         (["generate", "{model}", "--top-p", "0"], 2, "top_p must be a number above 0 and at most 1, not 0.0"),
-        (["generate", "{model}", "--temperature", "-1"], 2, "temperature must be a number above 0"),
+        (["generate", "{model}", "--temperature", "-1"], 2, "temperature must be a number from 0.0001"),
         (["generate", "{model}", "--temperature", "nan"], 2, "temperature must be"),
         (["generate", "{model}", "-n", "0"], 2, "n must be from 1"),
         (["generate", "{model}", "-n", "many"], 2, "'many' is not a valid integer"),
         (["generate", "{model}", "--threads", "0"], 2, "threads"),
-        (["generate", "{model}", "{tmp}/text.txt", "--max-source-tokens", "4", "--on-long", "error"], 1, "was cut"),
+        (["generate", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no prompts in it"),
+        (["questions", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no papers in it"),
+        (["questions", "{model}", "-"], 1, "not a paper"),
+        (
+            ["generate", "{model}", "{tmp}/text.txt", "--max-source-tokens", "4", "--on-long", "error"],
+            1,
+            "more than the limit of 4",
+        ),
         (["generate"], 2, "Missing argument 'MODEL'"),
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["info", "none"], 1, "no such model folder"),
@@ -324,6 +335,7 @@ def test_wrong_commands_say_one_line(arguments: list[str], status: int, says: st
     (tmp_path / "text.txt").write_text("some text that is long enough")
     (tmp_path / "broken.jsonl").write_text('"fine"\n{\n')
     (tmp_path / "numbers.jsonl").write_text("3\n")
+    (tmp_path / "blank.jsonl").write_text("\n \n")
     (tmp_path / "deep.jsonl").write_text("[" * 200_000)
     (tmp_path / "deep.json").write_text('{"a":' * 200_000)
     filled = [each.format(tmp=tmp_path, model=TINY_MODEL) for each in arguments]
@@ -358,7 +370,7 @@ def test_every_cut_prompt_is_told(tmp_path: Path) -> None:
     assert run(*arguments)[2].count("was cut") == 2
     status, out, err = run(*arguments, "--json", "--on-long", "error")
     assert (status, out) == (1, "")  # no record that looks finished
-    assert "was cut" in err
+    assert "prompt 1: 9 tokens, more than the limit of 4; nothing was run" in err
 
 
 def test_a_prompt_with_half_a_surrogate_pair(tmp_path: Path) -> None:

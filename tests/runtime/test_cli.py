@@ -34,6 +34,47 @@ def test_help_names_every_command() -> None:
         assert "Usage: ramekin" in out
 
 
+def test_examples_stand_on_lines_of_their_own() -> None:
+    for command in ("generate", "questions"):
+        lines = run(command, "--help")[1].splitlines()
+        assert any(line.strip().startswith("ramekin ") and "-n" in line for line in lines)
+        assert "\\b" not in "".join(lines)
+
+
+def test_bare_command_is_the_help() -> None:
+    assert run()[:2] == run("--help")[:2]
+
+
+def test_a_command_whose_parts_are_not_installed() -> None:
+    code = """
+import sys
+sys.modules["ml_dtypes"] = None
+from ramekin.cli import main
+main(["export", "CHECKPOINT", "OUT", "--precision", "int4"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    # Which module is missed first depends on what is installed.
+    assert "pip install 'ramekin[cpu,export]'" in done.stderr
+    assert done.stderr.startswith("ramekin: `ramekin export` needs ")
+
+
+def test_closed_streams(paper: str) -> None:
+    for redirect, status in (("2>&-", 0), ("<&-", 0), (">&-", 0)):
+        command = f"{sys.executable} -m ramekin questions {TINY_MODEL} {paper} -n 2 --seed 1 --json {redirect}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (status, ""), redirect
+    command = f"{sys.executable} -m ramekin generate {TINY_MODEL} <&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "ramekin: standard input is closed; name a file\n")
+
+
+def test_a_paper_from_stdin() -> None:
+    status, out, _ = run("questions", str(TINY_MODEL), "-", "-n", "2", "--json", stdin=json.dumps(PAPER).encode())
+    assert status == 0
+    assert json.loads(out)["title"] == "T"
+
+
 def test_generate_from_stdin() -> None:
     first = run("generate", str(TINY_MODEL), "-n", "3", "--seed", "1", stdin=b"a b c\n")
     assert first[0] == 0

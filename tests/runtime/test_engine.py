@@ -151,7 +151,7 @@ def test_threads_do_not_change_samples(engine: Engine, threads: int) -> None:
     assert [key(c) for c in sampled(other, 3)] == [key(c) for c in sampled(engine, 3)]
 
 
-@pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"threads": 0}, {"max_source_tokens": 0}])
+@pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"threads": 0}, {"threads": 5000}, {"max_source_tokens": 0}])
 def test_wrong_load_arguments(arguments: dict[str, object]) -> None:
     from tests.runtime.conftest import TINY_MODEL
 

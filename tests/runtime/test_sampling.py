@@ -183,6 +183,8 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
         ("min_new_tokens", 101, ValueError),
         ("temperature", -1, ValueError),
         ("temperature", 0, ValueError),
+        ("temperature", 1e-300, ValueError),
+        ("repetition_penalty", 1e300, ValueError),
         ("temperature", math.nan, ValueError),
         ("temperature", math.inf, ValueError),
         ("temperature", "1", TypeError),
@@ -208,3 +210,4 @@ def test_wrong_parameters_are_named(name: str, value: object, error: type[Except
 def test_right_parameters_at_the_edge() -> None:
     SamplingParams(min_p=0.0, top_p=1.0, top_k=0, temperature=1e-3, min_new_tokens=100, seed=0, stop="x")
     assert SamplingParams(stop="ab").stop == ("ab",)
+    assert SamplingParams(n=np.int64(3), seed=np.uint64(7), top_p=np.float32(0.5)).n == 3
