@@ -11,9 +11,10 @@ from typing import Any
 
 import click
 
-from ramekin.cli import is_terminal, questions
+from ramekin.cli import questions
 from ramekin.manifest import DEFAULT_PROMPT
 from ramekin.paper import check_prompt
+from ramekin.terminal import is_terminal
 from ramekin_export.pipeline import Progress
 from ramekin_export.pipeline import export as run_export
 from ramekin_export.recipe import RECIPES

@@ -7,10 +7,10 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -23,8 +23,7 @@ from ramekin.manifest import Manifest
 from ramekin.options import Command, model_options, sampling_options
 from ramekin.paper import QAPair, build_prompt
 from ramekin.sampling import SamplingParams
-
-Item = TypeVar("Item")
+from ramekin.terminal import is_terminal, progress, say
 
 
 class _Commands(click.Group):
@@ -95,13 +94,13 @@ def generate(
       ramekin generate model prompts.jsonl -n 4 --seed 7 --json
     """
     if str(file) == "-" and is_terminal(sys.stdin):
-        _say("reading the prompt from this terminal; Ctrl-D ends it")
+        say("reading the prompt from this terminal; Ctrl-D ends it")
     prompts = read_prompts(file)
     engine = Engine.load(model, threads=threads, max_source_tokens=max_source_tokens)
     params = _params(engine, sampling)
     labels = [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number in range(1, len(prompts) + 1)]
     sources = _sources(engine, labels, prompts, on_long)
-    for prompt, source in _progress(list(zip(prompts, sources, strict=True)), "prompts"):
+    for prompt, source in progress(list(zip(prompts, sources, strict=True)), "prompts"):
         done: list[Completion] = []
         try:
             for event in engine.stream(source, params):
@@ -191,7 +190,7 @@ def questions(
     labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
     prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
     sources = _sources(engine, labels, prompts, on_long)
-    for each, source in _progress(list(zip(papers, sources, strict=True)), "papers"):
+    for each, source in progress(list(zip(papers, sources, strict=True)), "papers"):
         done: list[Completion] = []
         try:
             events = engine.stream(source, params)
@@ -264,7 +263,7 @@ def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str
             if on_long == "error":
                 limit, count = engine.manifest.max_source_tokens, len(engine.tokenizer.encode(prompt))
                 raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
-            _say(f"{label}: {each.message}")
+            say(f"{label}: {each.message}")
     return sources
 
 
@@ -276,26 +275,8 @@ def _params(engine: Engine, sampling: dict[str, Any]) -> SamplingParams:
         raise click.UsageError(str(error)) from None
 
 
-def _progress(items: list[Item], what: str) -> Iterator[Item]:
-    """The items, with a progress bar on stderr if there are several and a person watches it, and not the results."""
-    if len(items) < 2 or not is_terminal(sys.stderr) or is_terminal(sys.stdout):
-        yield from items
-        return
-    with click.progressbar(items, label=what, file=sys.stderr, show_pos=True) as bar:
-        yield from bar
-
-
-def is_terminal(stream: Any) -> bool:
-    """Whether a person is at the other end; a closed stream is None."""
-    return stream is not None and bool(stream.isatty())
-
-
-def _say(problem: object) -> None:
-    click.echo(f"ramekin: {' '.join(str(problem).split())}", err=True)
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _say(message)
+    say(message)
 
 
 def main(arguments: Iterable[str] | None = None) -> None:
@@ -308,25 +289,25 @@ def main(arguments: Iterable[str] | None = None) -> None:
             sys.stdout.flush()
     except click.UsageError as error:
         hint = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
-        _say(f"{error.format_message()}{hint}")
+        say(f"{error.format_message()}{hint}")
         sys.exit(2)
     except click.ClickException as error:
-        _say(error.format_message())
+        say(error.format_message())
         sys.exit(1)
     except (click.Abort, KeyboardInterrupt):
-        _say("stopped")
+        say("stopped")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (RamekinError, FileExistsError) as error:
-        _say(error)
+        say(error)
         sys.exit(1)
     except OSError as error:
-        _say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
+        say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
         sys.exit(1)
     except MemoryError as error:
-        _say(f"not enough memory ({error}); ask for fewer samples or shorter ones")
+        say(f"not enough memory ({error}); ask for fewer samples or shorter ones")
         sys.exit(1)
 
 
