@@ -20,7 +20,7 @@ from ramekin.engine import Completion, Engine
 from ramekin.errors import InputError, RamekinError
 from ramekin.inputs import read_papers, read_prompts
 from ramekin.manifest import Manifest
-from ramekin.options import Command, model_options, sampling_options
+from ramekin.options import Command, model_options, sampling_options, threads_option
 from ramekin.paper import QAPair, build_prompt
 from ramekin.sampling import SamplingParams
 from ramekin.terminal import is_terminal, progress, say
@@ -98,7 +98,7 @@ def generate(
     prompts = read_prompts(file)
     engine = Engine.load(model, threads=threads, max_source_tokens=max_source_tokens)
     params = _params(engine, sampling)
-    labels = [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number in range(1, len(prompts) + 1)]
+    labels = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     sources = _sources(engine, labels, prompts, on_long)
     for prompt, source in progress(list(zip(prompts, sources, strict=True)), "prompts"):
         done: list[Completion] = []
@@ -242,7 +242,7 @@ def info(model: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: the usable cores]")
+@threads_option
 def verify(model: Path, threads: int | None) -> None:
     """Check a MODEL folder: the SHA-256 of every file, and that it computes what it did when it was exported."""
     manifest = Manifest.load(model)
@@ -263,7 +263,7 @@ def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str
             if on_long == "error":
                 limit, count = engine.manifest.max_source_tokens, len(engine.tokenizer.encode(prompt))
                 raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
-            say(f"{label}: {each.message}")
+            say(f"{label}: {each.message}" if len(labels) > 1 else each.message)
     return sources
 
 

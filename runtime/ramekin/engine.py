@@ -19,7 +19,7 @@ from ramekin.manifest import MANIFEST, TOKENIZER, Manifest
 from ramekin.model import Model
 from ramekin.paper import check_prompt
 from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
-from ramekin.session import PROVIDERS, usable_cores
+from ramekin.session import MOST_THREADS, PROVIDERS, usable_cores
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
 
 FinishReason = Literal["eos", "length", "stop"]
@@ -111,9 +111,8 @@ class Engine:
         """
         if provider not in PROVIDERS:
             raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, not {provider!r}")
-        most = max(64, 4 * (os.cpu_count() or 1))
-        if threads is not None and not 1 <= threads <= most:
-            raise ValueError(f"threads must be from 1 to {most}, not {threads}")
+        if threads is not None and not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {threads}")
         if max_source_tokens is not None and max_source_tokens < 1:
             raise ValueError(f"max_source_tokens must be at least 1, not {max_source_tokens}")
         folder = Path(folder)

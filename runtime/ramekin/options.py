@@ -7,15 +7,20 @@ from collections.abc import Callable
 import click
 
 from ramekin.sampling import SamplingParams
+from ramekin.session import MOST_THREADS
 
 Command = Callable[..., None]
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads that compute.  [default: the usable cores]"
+)
 
 
 def model_options(command: Command) -> Command:
     """How a model is loaded."""
     for option in reversed(
         [
-            click.option("--threads", type=click.IntRange(1), help="Threads that compute.  [default: the usable cores]"),
+            threads_option,
             click.option("--max-source-tokens", type=click.IntRange(1), help="Longest prompt.  [default: the model's]"),
             click.option(
                 "--on-long",

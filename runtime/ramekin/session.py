@@ -13,6 +13,7 @@ from ramekin.manifest import VersionRange
 from ramekin.onnxfile import external_locations
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
+MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # more is a slip of the finger, and looks like a hang
 
 
 def onnxruntime(supported: VersionRange) -> Any:

@@ -316,6 +316,8 @@ print(5e-324 > 0, bool(after))
         (["generate", "{model}", "-n", "0"], 2, "n must be from 1"),
         (["generate", "{model}", "-n", "many"], 2, "'many' is not a valid integer"),
         (["generate", "{model}", "--threads", "0"], 2, "threads"),
+        (["questions", "{model}", "{tmp}/text.txt", "--threads", "5000"], 2, "5000 is not in the range"),
+        (["verify", "{model}", "--threads", "5000"], 2, "5000 is not in the range"),
         (["generate", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no prompts in it"),
         (["questions", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no papers in it"),
         (["questions", "{model}", "-"], 1, "not a paper"),
