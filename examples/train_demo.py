@@ -1,6 +1,6 @@
 """Train the demo checkpoint `examples/checkpoint` from nothing, on two CPU cores in a quarter of an hour.
 
-    pip install torch sentencepiece 'transformers>=5' && python examples/train_demo.py OUT [--minutes 14]
+    pip install torch sentencepiece 'transformers>=5' && python -m examples.train_demo OUT [--minutes 14]
 
 A T5 v1.1 of 3.5 million parameters (gated GELU, untied head, `d_kv != d_model / num_heads`, more encoder than decoder
 layers) learns to ask and answer questions about the papers of `synthetic.py`. It is a demo and a test object: it knows
@@ -13,15 +13,17 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import torch
-from synthetic import held_out_papers, make_paper
 from transformers import T5Config, T5ForConditionalGeneration
+
+from examples.synthetic import SyntheticPaper, held_out_papers, make_paper
 
 PROMPT = (
     "Generate Question, Answer pair correspond to the following research paper. "
@@ -30,6 +32,18 @@ PROMPT = (
 PIECES, VOCABULARY = 1100, 1216  # T5 puts 100 sentinels above the pieces; ids 1200 to 1215 have no text
 PAPERS_PER_BATCH, SOURCE_TOKENS, TARGET_TOKENS = 16, 144, 160  # every batch has the same shape, so it is compiled once
 PEAK_LEARNING_RATE, WARMUP_STEPS = 1.5e-3, 200
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "d_model": 192,
+    "d_kv": 32,
+    "num_heads": 4,
+    "d_ff": 512,
+    "num_layers": 4,
+    "num_decoder_layers": 3,
+}
+Batch = dict[str, torch.Tensor]
+Row = tuple[list[int], list[list[int]]]
+"""A prompt's tokens, and those of each text that may follow it."""
 
 
 def train_tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
@@ -51,8 +65,8 @@ def train_tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(str(folder / "spiece.model"))
 
 
-def build_model() -> T5ForConditionalGeneration:
-    """The untrained network.
+def build_model(shape: dict[str, Any]) -> T5ForConditionalGeneration:
+    """The untrained network, a T5 v1.1.
 
     Its head is untied by hand, since transformers 5 ties every fresh T5. Three choices make copying, which names and
     numbers need, a thing to be found in minutes instead of hours: the head starts as the embedding; the last
@@ -60,13 +74,7 @@ def build_model() -> T5ForConditionalGeneration:
     values'); and some heads start by looking at the neighbours, which small steps of AdamW would take thousands to reach.
     """
     config = T5Config(
-        vocab_size=VOCABULARY,
-        d_model=192,
-        d_kv=32,
-        num_heads=4,
-        d_ff=512,
-        num_layers=4,
-        num_decoder_layers=3,
+        **shape,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
         decoder_start_token_id=0,
@@ -88,70 +96,90 @@ def build_model() -> T5ForConditionalGeneration:
     return model
 
 
-def batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches; all questions about a paper share one decoder row, walled off by the mask `(B, 1, T, T)`."""
+def batches(tokenizer: sentencepiece.SentencePieceProcessor) -> Iterator[Batch]:
+    """Endless batches of papers."""
     rng = np.random.default_rng(0)
     for first in count(0, PAPERS_PER_BATCH):
-        sources, inputs, labels, segments = [], [], [], []
-        for seed in range(first, first + PAPERS_PER_BATCH):
-            paper = make_paper(seed)
-            sources.append(_encode(tokenizer, PROMPT.format(abstract=paper.abstract, introduction=paper.introduction)))
-            targets: list[list[int]] = []
-            for question, answer in rng.permutation(list(paper.answers().items())):
-                target = _encode(tokenizer, f"{question} [SEP] {answer}")
-                if sum(map(len, targets)) + len(target) <= TARGET_TOKENS:
-                    targets.append(target)
-            inputs.append([token for target in targets for token in [0, *target[:-1]]])
-            labels.append([token for target in targets for token in target])
-            segments.append([i for i, target in enumerate(targets) for _ in target])
-        segment = _pad(segments, -1, TARGET_TOKENS)
-        same = segment[:, None, :, None] == segment[:, None, None, :]
-        source = _pad(sources, 0, SOURCE_TOKENS)
-        yield {
-            "input_ids": source,
-            "attention_mask": (source != 0).long(),
-            "decoder_input_ids": _pad(inputs, 0, TARGET_TOKENS),
-            "decoder_attention_mask": same & torch.ones(same.shape[-2:], dtype=torch.bool).tril(),
-            "labels": _pad(labels, -100, TARGET_TOKENS),
-        }
+        papers = [make_paper(seed) for seed in range(first, first + PAPERS_PER_BATCH)]
+        yield pack([questions(tokenizer, paper, rng) for paper in papers], SOURCE_TOKENS)
+
+
+def questions(tokenizer: sentencepiece.SentencePieceProcessor, paper: SyntheticPaper, rng: np.random.Generator) -> Row:
+    """A paper's prompt, and all questions about it with their answers, shuffled."""
+    pairs = rng.permutation(list(paper.answers().items()))
+    return prompt_ids(tokenizer, paper), [encode(tokenizer, f"{question} [SEP] {answer}") for question, answer in pairs]
+
+
+def pack(rows: list[Row], source_tokens: int = 0, target_tokens: int = TARGET_TOKENS) -> Batch:
+    """A batch; all targets of a prompt that fit share one decoder row, walled off by the mask `(B, 1, T, T)`.
+
+    Prompts are filled to `source_tokens`; 0: to the longest.
+    """
+    inputs, labels, segments = [], [], []
+    for _, targets in rows:
+        fitting: list[list[int]] = []
+        for target in targets:
+            if sum(map(len, fitting)) + len(target) <= target_tokens:
+                fitting.append(target)
+        inputs.append([token for target in fitting for token in [0, *target[:-1]]])
+        labels.append([token for target in fitting for token in target])
+        segments.append([i for i, target in enumerate(fitting) for _ in target])
+    segment = pad(segments, -1, target_tokens)
+    same = segment[:, None, :, None] == segment[:, None, None, :]
+    source = pad([source for source, _ in rows], 0, source_tokens)
+    return {
+        "input_ids": source,
+        "attention_mask": (source != 0).long(),
+        "decoder_input_ids": pad(inputs, 0, target_tokens),
+        "decoder_attention_mask": same & torch.ones(same.shape[-2:], dtype=torch.bool).tril(),
+        "labels": pad(labels, -100, target_tokens),
+    }
 
 
 def accuracy(
-    model: T5ForConditionalGeneration, tokenizer: sentencepiece.SentencePieceProcessor, papers: int
+    model: T5ForConditionalGeneration, tokenizer: sentencepiece.SentencePieceProcessor, papers: list[SyntheticPaper]
 ) -> tuple[float, float]:
-    """Shares of greedy outputs that are well-formed, and whose answer is right, on held-out papers."""
+    """Shares of greedy outputs that are well-formed, and whose answer is right."""
     model.eval()
-    held_out = held_out_papers(papers)
-    source = _pad([_encode(tokenizer, PROMPT.format(abstract=p.abstract, introduction=p.introduction)) for p in held_out], 0)
+    source = pad([prompt_ids(tokenizer, paper) for paper in papers], 0)
     with torch.no_grad():
         output = model.generate(
             input_ids=source, attention_mask=(source != 0).long(), max_new_tokens=60, do_sample=False, num_beams=1
         )
     formed = right = 0
-    for paper, row in zip(held_out, output.tolist(), strict=True):
-        text = tokenizer.decode([token for token in row if 2 < token < PIECES])
+    for paper, row in zip(papers, output.tolist(), strict=True):
+        text = tokenizer.decode([token for token in row if 2 < token < tokenizer.get_piece_size()])
         question, separator, answer = (part.strip() for part in text.partition("[SEP]"))
         formed += bool(question.endswith("?") and separator and answer and "[SEP]" not in answer)
         right += bool(answer) and paper.answers().get(question) == answer
     model.train()
-    return formed / papers, right / papers
+    return formed / len(papers), right / len(papers)
 
 
 def train(
-    model: T5ForConditionalGeneration, tokenizer: sentencepiece.SentencePieceProcessor, minutes: float, out: Path
+    model: T5ForConditionalGeneration,
+    forward: Callable[..., Any],
+    batches: Iterator[Batch],
+    minutes: float,
+    peak_rate: float,
+    evaluate: Callable[[], None],
+    warmup: int = WARMUP_STEPS,
 ) -> None:
-    """AdamW with a cosine schedule over `minutes` of wall time; the checkpoint is written at each evaluation."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    start, losses, compiled = time.monotonic(), [], torch.compile(model, dynamic=False)
-    for step, batch in enumerate(batches(tokenizer)):
+    """AdamW with a cosine schedule over `minutes` of wall time; `evaluate` is called every 500 steps and at the end.
+
+    `forward` is the model, compiled or not. Products are taken in bfloat16 where the processor has instructions for it.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    start, losses = time.monotonic(), []
+    for step, batch in enumerate(batches):
         done = (time.monotonic() - start) / (60 * minutes)
         if done >= 1:
             break
-        rate = PEAK_LEARNING_RATE * min(1, (step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * math.cos(math.pi / 2 * done) ** 2)
+        rate = peak_rate * min(1, (step + 1) / warmup) * (0.02 + 0.98 * math.cos(math.pi / 2 * done) ** 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = compiled(**batch).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            loss = forward(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -160,9 +188,8 @@ def train(
         if step % 100 == 99:
             print(f"step {step + 1}  {done:.0%}  loss {np.mean(losses[-100:]):.4f}", flush=True)
         if step % 500 == 499:
-            print("  well-formed {:.1%}, right {:.1%}".format(*accuracy(model, tokenizer, 100)), flush=True)
-            save(model, out)
-    save(model, out)
+            evaluate()
+    evaluate()
 
 
 def save(model: T5ForConditionalGeneration, out: Path) -> None:
@@ -193,11 +220,18 @@ def _corpus(papers: int) -> Iterator[str]:
         yield f"{word}s {word}er"
 
 
-def _encode(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+def prompt_ids(tokenizer: sentencepiece.SentencePieceProcessor, paper: SyntheticPaper) -> list[int]:
+    """The tokens of a paper's prompt."""
+    return encode(tokenizer, PROMPT.format(abstract=paper.abstract, introduction=paper.introduction))
+
+
+def encode(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """The tokens of a text and T5's eos."""
     return [*tokenizer.encode(text), 1]
 
 
-def _pad(rows: list[list[int]], value: int, width: int = 0) -> torch.Tensor:
+def pad(rows: list[list[int]], value: int, width: int = 0) -> torch.Tensor:
+    """Rows cut and filled to one width (0: the longest row's)."""
     width = width or max(map(len, rows))
     return torch.tensor([(row + [value] * (width - len(row)))[:width] for row in rows])
 
@@ -211,10 +245,16 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     tokenizer = train_tokenizer(arguments.out)
-    model = build_model()
+    model = build_model(SHAPE)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    train(model, tokenizer, arguments.minutes, arguments.out)
-    print("held-out papers: well-formed {:.1%}, right {:.1%}".format(*accuracy(model, tokenizer, 300)))
+    papers = held_out_papers(300)
+
+    def evaluate() -> None:
+        save(model, arguments.out)
+        print("  well-formed {:.1%}, right {:.1%}".format(*accuracy(model, tokenizer, papers)), flush=True)
+
+    compiled = torch.compile(model, dynamic=False)
+    train(model, compiled, batches(tokenizer), arguments.minutes, PEAK_LEARNING_RATE, evaluate)
 
 
 if __name__ == "__main__":
