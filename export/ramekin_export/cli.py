@@ -14,26 +14,31 @@ import click
 from ramekin.cli import questions
 from ramekin.manifest import DEFAULT_PROMPT
 from ramekin.paper import check_prompt
+from ramekin.quality import table
 from ramekin.terminal import is_terminal
 from ramekin_export.pipeline import Progress
 from ramekin_export.pipeline import export as run_export
 from ramekin_export.recipe import RECIPES
+from ramekin_export.verify import Checks, against
 
+_PAPERS = click.Path(path_type=Path, exists=True, dir_okay=False)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @contextmanager
-def _progress_bar(label: str) -> Iterator[Progress]:
-    """A bar on stderr if a person watches, from the first progress on."""
+def progress_bars() -> Iterator[Progress]:
+    """A bar on stderr for each stage, one after the other, if a person watches."""
     with ExitStack() as stack:
-        bars: list[Any] = []
+        bars: dict[str, Any] = {}
 
-        def advance(done: int, total: int) -> None:
-            if not bars:
-                bars.append(stack.enter_context(click.progressbar(length=total, label=label, file=sys.stderr, width=30)))
-            bars[0].update(done)
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()
+                bar = click.progressbar(length=total, label=f"{stage:<20}", file=sys.stderr, width=30)
+                bars[stage] = stack.enter_context(bar)
+            bars[stage].update(done)
 
-        yield advance if is_terminal(sys.stderr) else lambda _done, _total: None
+        yield advance if is_terminal(sys.stderr) else lambda _stage, _done, _total: None
 
 
 @click.command()
@@ -43,24 +48,48 @@ def _progress_bar(label: str) -> Iterator[Progress]:
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]")
 @click.option("--force", is_flag=True, help="Replace OUT if it is there.")
-def export(source: str, out: Path, precision: str, revision: str | None, prompt: str, force: bool) -> None:
+@click.option("--calibrate", type=_PAPERS, help="Up to 32 papers to round int4 weights for.  [default: an invented one]")
+@click.option("--papers", type=_PAPERS, help="Up to 32 papers to judge the model on.  [default: another invented one]")
+@click.option("--verify/--no-verify", default=True, help="Compare with float32: minutes for a large model.  [default: yes]")
+@click.option("--allow-quality-loss", is_flag=True, help="Keep a model that is too far from float32.")
+def export(
+    source: str,
+    out: Path,
+    precision: str,
+    revision: str | None,
+    prompt: str,
+    force: bool,
+    **checks: Any,
+) -> None:
     """Turn a T5 checkpoint into a model folder: two ONNX graphs, a tokenizer and a manifest.
 
-    SOURCE is a folder as save_pretrained writes it, or a Hub id.
+    SOURCE is a folder as save_pretrained writes it, or a Hub id. A quantized model's predictions are compared with those
+    of the float32 model; `ramekin info` shows the figures, and a model that is too far off is not kept.
 
     \b
     Examples:
       ramekin export ./my-finetuned-t5 model
+      ramekin export ./my-finetuned-t5 model --precision int4 --calibrate papers.jsonl
       ramekin export UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation model --precision int4
     """
     try:
         check_prompt(prompt)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    with _progress_bar(f"export {precision}") as advance:
-        manifest = run_export(source, out, precision, revision, force, prompt, advance)
+    with progress_bars() as advance:
+        manifest = run_export(source, out, precision, revision, force, prompt, Checks(**checks), advance)
     size = sum(record.bytes for record in manifest.files.values())
     click.echo(f"{out}: {manifest.variant}, {precision}, {size / 1e6:,.1f} MB", err=True)
+    for line in table(manifest.quality):
+        click.echo(line, err=True)
+
+
+def against_reference(
+    model: Path, source: str, revision: str | None, papers: Path | None, threads: int | None
+) -> dict[str, Any]:
+    """What `ramekin verify --reference` measures."""
+    with progress_bars() as advance:
+        return against(model, source, revision, papers, threads, advance)
 
 
 @click.command()

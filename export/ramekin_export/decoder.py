@@ -16,8 +16,8 @@ from ramekin.manifest import (
     past_names,
     present_names,
 )
-from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
+from ramekin_export.fold import Weights
 from ramekin_export.graph import GraphBuilder, Shape, WeightFile
 from ramekin_export.head import Head
 from ramekin_export.layers import add_and_norm, decoder_bias_table, feed_forward
@@ -25,7 +25,7 @@ from ramekin_export.recipe import Recipe, names, project
 
 
 def build_decoder(
-    c: Checkpoint, config: T5Config, recipe: Recipe, head: Head, embedding: TensorProto, weights: WeightFile
+    c: Weights, config: T5Config, recipe: Recipe, head: Head, embedding: TensorProto, weights: WeightFile
 ) -> GraphBuilder:
     """Build the graph; its weights go into `weights` on the way.
 
@@ -88,7 +88,7 @@ def build_decoder(
     return g
 
 
-def _bias(g: GraphBuilder, c: Checkpoint, config: T5Config, lengths: str, past: str) -> tuple[str, str]:
+def _bias(g: GraphBuilder, c: Weights, config: T5Config, lengths: str, past: str) -> tuple[str, str]:
     """The relative position bias of this step, `(1, heads, 1, capacity)`, and the capacity as an int32 scalar.
 
     Positions past the current one get the bias of distance 0; the attention does not look at them.

@@ -6,16 +6,14 @@ import numpy as np
 from onnx import TensorProto
 
 from ramekin.manifest import ENCODER_HIDDEN, INPUT_IDS, cross_names
-from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
+from ramekin_export.fold import Folded, Weights
 from ramekin_export.graph import GraphBuilder, WeightFile
 from ramekin_export.layers import add_and_norm, encoder_bias_table, feed_forward
 from ramekin_export.recipe import Recipe, names, project
 
 
-def build_encoder(
-    c: Checkpoint, config: T5Config, recipe: Recipe, embedding: TensorProto, weights: WeightFile
-) -> GraphBuilder:
+def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: TensorProto, weights: WeightFile) -> GraphBuilder:
     """Build the graph; its weights go into `weights` on the way.
 
     `input_ids (1, S)` -> `encoder_hidden (1, S, d_model)`, `cross_key_i` and `cross_value_i (1, heads, S, head_dim)`.
@@ -43,13 +41,17 @@ def build_encoder(
 
     gain = c.tensor("encoder.final_layer_norm.weight", dims.d_model)
     hidden, _ = add_and_norm(g, config, new, x, "encoder.final_layer_norm", gain)
-    g.node("Identity", [hidden], ENCODER_HIDDEN)
+    if isinstance(c, Folded):
+        restored = g.weight("encoder.hidden.restored", c.restored("encoder.final_layer_norm"))
+        g.node("Mul", [hidden, restored], ENCODER_HIDDEN)
+    else:
+        g.node("Identity", [hidden], ENCODER_HIDDEN)
     g.output(ENCODER_HIDDEN, np.float32, [1, "source", dims.d_model])
     _cross(g, c, config, recipe, hidden)
     return g
 
 
-def _bias(g: GraphBuilder, c: Checkpoint, config: T5Config, ids: str) -> str:
+def _bias(g: GraphBuilder, c: Weights, config: T5Config, ids: str) -> str:
     """The relative position bias `(1, heads, S, S)`, looked up once in a table and added in every layer."""
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     table = encoder_bias_table(config, c.tensor(f"{name}.weight", config.buckets, config.dims.num_heads))
@@ -65,7 +67,7 @@ def _bias(g: GraphBuilder, c: Checkpoint, config: T5Config, ids: str) -> str:
     return g.node("Unsqueeze", [rows, g.constant("axis_0", [0])], "encoder.bias")
 
 
-def _cross(g: GraphBuilder, c: Checkpoint, config: T5Config, recipe: Recipe, hidden: str) -> None:
+def _cross(g: GraphBuilder, c: Weights, config: T5Config, recipe: Recipe, hidden: str) -> None:
     """Project the encoder's output for the cross-attention of every decoder layer: it is done once, not at each step."""
     dims = config.dims
     inner = dims.num_heads * dims.head_dim

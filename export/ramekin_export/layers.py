@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ramekin.cache import Floats
-from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
+from ramekin_export.fold import Weights
 from ramekin_export.graph import GraphBuilder
 from ramekin_export.recipe import Linear, project
 
@@ -31,7 +31,7 @@ def add_and_norm(g: GraphBuilder, config: T5Config, new: str, x: str, at: str, g
     return g.node("Mul", [unit, weight], at), x
 
 
-def feed_forward(g: GraphBuilder, c: Checkpoint, config: T5Config, linear: Linear, x: str, at: str, merged: bool) -> str:
+def feed_forward(g: GraphBuilder, c: Weights, config: T5Config, linear: Linear, x: str, at: str, merged: bool) -> str:
     """`wo(activation(wi_0 x) * wi_1 x)`, or `wo(activation(wi x))`.
 
     Args:

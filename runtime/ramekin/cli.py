@@ -15,12 +15,11 @@ from typing import Any
 import click
 
 import ramekin
-from ramekin import golden
 from ramekin.engine import Completion, Engine
 from ramekin.errors import InputError, RamekinError
+from ramekin.folder_cli import info, verify
 from ramekin.inputs import read_papers, read_prompts
-from ramekin.manifest import Manifest
-from ramekin.options import Command, model_options, sampling_options, threads_option
+from ramekin.options import Command, model_options, sampling_options
 from ramekin.paper import QAPair, build_prompt
 from ramekin.sampling import SamplingParams
 from ramekin.terminal import is_terminal, progress, say
@@ -67,6 +66,10 @@ def cli(ctx: click.Context) -> None:
     """Run fine-tuned T5 and FLAN-T5 models without PyTorch."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+cli.add_command(info)
+cli.add_command(verify)
 
 
 @cli.command()
@@ -202,54 +205,6 @@ def questions(
     if malformed and not as_json:
         hint = "" if show_all else "; --all prints them"
         click.echo(f"{malformed} of {total} samples were not a question and a whole answer{hint}", err=True)
-
-
-@cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="The manifest as it is.")
-def info(model: Path, as_json: bool) -> None:
-    """Tell what a MODEL folder holds and where it came from."""
-    manifest = Manifest.load(model)
-    if as_json:
-        click.echo(manifest.to_json(), nl=False)
-        return
-    dims = manifest.dims
-    size = sum(record.bytes for record in manifest.files.values())
-    rows = [
-        ("variant", manifest.variant),
-        ("precision", manifest.precision),
-        ("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files"),
-        ("layers", f"{dims.encoder_layers} encoder, {dims.decoder_layers} decoder"),
-        ("width", f"{dims.d_model}, {dims.num_heads} heads of {dims.head_dim}, feed-forward {dims.d_ff}"),
-        ("vocabulary", f"{dims.vocab_size:,}"),
-        ("longest prompt", f"{manifest.max_source_tokens} tokens"),
-        (
-            "generation",
-            ", ".join(f"{name}={value}" for name, value in manifest.generation.items()) or "the usual defaults",
-        ),
-        ("onnxruntime", str(manifest.onnxruntime)),
-        *(
-            (f"source {name}", ", ".join(value) if isinstance(value, dict) else str(value))
-            for name, value in manifest.source.items()
-        ),
-        *((f"recipe {name}", str(value)) for name, value in manifest.recipe.items()),
-    ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        shown = "".join(each if each.isprintable() else "?" for each in value)
-        click.echo(f"{name:<{width}}  {shown}")
-
-
-@cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@threads_option
-def verify(model: Path, threads: int | None) -> None:
-    """Check a MODEL folder: the SHA-256 of every file, and that it computes what it did when it was exported."""
-    manifest = Manifest.load(model)
-    manifest.check_files(model, hash_up_to=None)
-    click.echo(f"files: {len(manifest.files)} intact")
-    difference = golden.check(Engine.load(model, threads=threads), manifest.golden)
-    click.echo(f"golden run: log-probabilities within {difference:.1e} of those at export")
 
 
 def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str) -> list[Any]:

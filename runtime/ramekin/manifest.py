@@ -160,6 +160,7 @@ class Manifest:
     opset: int = 18
     onnxruntime: VersionRange = VersionRange()  # frozen
     golden: Mapping[str, Any] = field(default_factory=dict)
+    quality: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -168,7 +169,7 @@ class Manifest:
         for name, kind in (("variant", str), ("prompt", str), ("precision", str), ("opset", int)):
             if not isinstance(getattr(self, name), kind):
                 raise ModelFormatError(f"{name} must be {kind.__name__}, not {getattr(self, name)!r}")
-        for name in ("recipe", "generation", "source", "tools", "golden"):
+        for name in ("recipe", "generation", "source", "tools", "golden", "quality"):
             if not isinstance(getattr(self, name), dict):
                 raise ModelFormatError(f"{name} must be an object, not {getattr(self, name)!r}")
         if max(self.tokens.ids) >= self.dims.vocab_size:

@@ -1,0 +1,73 @@
+"""The folder that an export makes: whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ramekin.errors import RamekinError
+from ramekin.manifest import MANIFEST, Manifest
+
+
+def check_target(out: Path, force: bool) -> None:
+    """Nothing but a model folder is ever replaced, and only by force.
+
+    Raises:
+        FileExistsError: `out` is there, and may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise FileExistsError(f"{out}: is there already; --force replaces it")
+    entries = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+    try:
+        ours = {MANIFEST, *Manifest.load(out).files} if entries else set()
+    except RamekinError:
+        ours = set()
+    if entries - ours:
+        raise FileExistsError(
+            f"{out}: holds other things than a model ({min(entries - ours)!r}), so --force does not replace it"
+        )
+
+
+@contextmanager
+def scratch(beside: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `beside`, gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=".scratch", dir=beside.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its place at the end, and vanishes if anything goes wrong before."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    retired = folder.with_suffix(".old")
+    try:
+        os.umask(umask := os.umask(0))
+        folder.chmod(0o777 & ~umask)
+        yield folder
+        check_target(out, force)  # somebody may have put something there meanwhile
+        if out.exists():
+            out.rename(retired)
+        try:
+            folder.rename(out)
+        except BaseException:
+            if retired.exists():
+                retired.rename(out)
+            raise
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(errno.ENOSPC, f"{out.parent}: no space left on this disk; free some and export again") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)

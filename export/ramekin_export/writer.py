@@ -1,0 +1,123 @@
+"""One model folder of one checkpoint: tokenizer, graphs, manifest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ramekin
+from ramekin.errors import CheckpointError
+from ramekin.manifest import DECODER, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest
+from ramekin.sampling import SamplingParams
+from ramekin_export.checkpoint import Checkpoint
+from ramekin_export.config import T5Config
+from ramekin_export.decoder import build_decoder
+from ramekin_export.encoder import build_encoder
+from ramekin_export.fold import Folded, Weights
+from ramekin_export.graph import OPSET, WeightFile
+from ramekin_export.head import Head
+from ramekin_export.recipe import Recipe
+from ramekin_export.vocabulary import write_vocabulary
+
+_GENERATION = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
+Progress = Callable[[int, int], None]
+"""Told how much was done since the last call, and how much there is."""
+
+
+class Writer:
+    """Writes an open checkpoint as model folders, in any recipe."""
+
+    def __init__(self, checkpoint: Checkpoint, prompt: str) -> None:
+        self._checkpoint, self._prompt = checkpoint, prompt
+        self._config = T5Config.from_json(checkpoint.config)
+
+    def write(self, folder: Path, precision: str, recipe: Recipe, progress: Progress) -> Manifest:
+        """Fill an empty folder.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be exported; the text says why.
+        """
+        checkpoint = self._checkpoint
+        tokens = write_vocabulary(checkpoint.folder, checkpoint.config, checkpoint.generation, folder / TOKENIZER)
+        self._write_graphs(folder, recipe, progress)
+        manifest = Manifest(
+            dims=self._config.dims,
+            variant=self._config.variant,
+            tokens=tokens,
+            precision=precision,
+            recipe=recipe.describe(),
+            files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},
+            prompt=self._prompt,
+            generation=_generation_defaults(checkpoint.generation),
+            source=checkpoint.source,
+            tools=_tools(),
+            opset=OPSET,
+        )
+        save(folder, manifest)
+        return manifest
+
+    def _write_graphs(self, folder: Path, recipe: Recipe, progress: Progress) -> None:
+        config, dims, total = self._config, self._config.dims, _parameters(self._config)
+        weights: Weights = self._checkpoint
+        head = Head.of(self._checkpoint, config)
+        if recipe.folded:
+            weights = Folded(weights, config, head.weight)
+
+        def advance(parameters: int) -> None:
+            progress(parameters, total)
+
+        with WeightFile(folder / "embedding.bin", advance) as file:
+            table = self._checkpoint.tensor("shared.weight", dims.vocab_size, dims.d_model)
+            embedding = file.add("shared.weight", table, table.size)
+            del table
+        with WeightFile(folder / "encoder.bin", advance) as file:
+            build_encoder(weights, config, recipe, embedding, file).save(folder / ENCODER)
+        with WeightFile(folder / "decoder.bin", advance) as file:
+            build_decoder(weights, config, recipe, head, embedding, file).save(folder / DECODER)
+
+
+def save(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a folder."""
+    (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _parameters(config: T5Config) -> int:
+    """How many weights there are to write, norms and biases aside."""
+    dims = config.dims
+    attention = 4 * dims.d_model * dims.num_heads * dims.head_dim
+    forward = (3 if config.gated else 2) * dims.d_model * dims.d_ff
+    layers = dims.encoder_layers * (attention + forward) + dims.decoder_layers * (2 * attention + forward)
+    return 2 * dims.vocab_size * dims.d_model + layers
+
+
+def _generation_defaults(generation: dict[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that a `generation_config.json` sets; all else in it is left to the caller.
+
+    Raises:
+        CheckpointError: one is out of its range, and the checkpoint is meant for sampling.
+    """
+    values = {name: generation[name] for name in _GENERATION if generation.get(name) is not None}
+    try:
+        SamplingParams(**values)
+    except (TypeError, ValueError) as error:
+        if generation.get("do_sample"):
+            raise CheckpointError(f"generation_config.json: {error}") from None
+        return {}  # greedy checkpoints carry values such as temperature 0 that mean nothing
+    return values
+
+
+def _tools() -> dict[str, str]:
+    names = ("numpy", "onnx", "safetensors", "sentencepiece", "onnxruntime")
+    installed = {each.metadata["Name"].lower() for each in importlib.metadata.distributions() if each.metadata["Name"]}
+    return {"ramekin": ramekin.__version__, **{n: importlib.metadata.version(n) for n in names if n in installed}}

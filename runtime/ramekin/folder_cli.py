@@ -1,0 +1,106 @@
+"""The commands that look at a model folder: `ramekin info` and `ramekin verify`."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+
+from ramekin import golden
+from ramekin.engine import Engine
+from ramekin.manifest import Manifest
+from ramekin.options import threads_option
+from ramekin.quality import check, table
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The manifest as it is.")
+def info(model: Path, as_json: bool) -> None:
+    """Tell what a MODEL folder holds and where it came from."""
+    manifest = Manifest.load(model)
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+        return
+    dims = manifest.dims
+    size = sum(record.bytes for record in manifest.files.values())
+    rows = [
+        ("variant", manifest.variant),
+        ("precision", manifest.precision),
+        ("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files"),
+        ("layers", f"{dims.encoder_layers} encoder, {dims.decoder_layers} decoder"),
+        ("width", f"{dims.d_model}, {dims.num_heads} heads of {dims.head_dim}, feed-forward {dims.d_ff}"),
+        ("vocabulary", f"{dims.vocab_size:,}"),
+        ("longest prompt", f"{manifest.max_source_tokens} tokens"),
+        (
+            "generation",
+            ", ".join(f"{name}={value}" for name, value in manifest.generation.items()) or "the usual defaults",
+        ),
+        ("onnxruntime", str(manifest.onnxruntime)),
+        *(
+            (f"source {name}", ", ".join(value) if isinstance(value, dict) else str(value))
+            for name, value in manifest.source.items()
+        ),
+        *((f"recipe {name}", str(value)) for name, value in manifest.recipe.items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        shown = "".join(each if each.isprintable() else "?" for each in value)
+        click.echo(f"{name:<{width}}  {shown}")
+    lines = table(manifest.quality)
+    if lines:
+        papers = str(manifest.quality.get("papers"))
+        click.echo(
+            f"\nnext to float32, at export, on {''.join(each if each.isprintable() else '?' for each in papers)} papers:"
+        )
+    for line in lines:
+        click.echo(line)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--reference", metavar="CHECKPOINT", help="Compare predictions with this checkpoint's in float32.")
+@click.option("--revision", help="Branch, tag or commit of a Hub id.")
+@click.option(
+    "--papers", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Papers to compare on (.jsonl)."
+)
+@click.option("--json", "as_json", is_flag=True, help="The comparison as one JSON object.")
+@threads_option
+def verify(
+    model: Path, reference: str | None, revision: str | None, papers: Path | None, as_json: bool, threads: int | None
+) -> None:
+    """Check a MODEL folder: the SHA-256 of every file, and that it computes what it did when it was exported.
+
+    With --reference also that it predicts what the checkpoint does: KL divergence, first choices, likelihood. That needs
+    ramekin[export], a temporary copy in float32 beside MODEL, and some minutes for a large model.
+
+    \b
+    Examples:
+      ramekin verify model
+      ramekin verify model --reference ./my-finetuned-t5 --papers papers.jsonl
+    """
+    if reference is None and (revision or papers or as_json):
+        raise click.UsageError("--revision, --papers and --json belong to --reference")
+    manifest = Manifest.load(model)
+    manifest.check_files(model, hash_up_to=None)
+    click.echo(f"files: {len(manifest.files)} intact", err=as_json)
+    difference = golden.check(Engine.load(model, threads=threads), manifest.golden)
+    click.echo(f"golden run: log-probabilities within {difference:.1e} of those at export", err=as_json)
+    if reference is None:
+        return
+    try:
+        (found,) = entry_points(group="ramekin.reference")
+        against = found.load()
+    except ImportError as error:
+        raise click.ClickException(
+            f"--reference needs the package {error.name}: pip install 'ramekin[cpu,export]'"
+        ) from None
+    quality = against(model, reference, revision, papers, threads)
+    if as_json:
+        click.echo(json.dumps(quality))
+    else:
+        for line in table(quality):
+            click.echo(line)
+    check(quality)
