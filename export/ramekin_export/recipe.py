@@ -117,12 +117,12 @@ class Recipe:
     head: Linear
     folded: bool = True
     calibrated: bool = False
-    most_divergence: float = 0.0
+    most_divergence: float = 1e-6
 
     @property
     def quantized(self) -> bool:
         """Whether it is anything but the reference."""
-        return self.most_divergence > 0
+        return not isinstance(self.encoder, Float32)
 
     def rounded_by(self, moments: Mapping[str, Floats]) -> Recipe:
         """The same recipe, its decoder's weights rounded by what its layers see."""

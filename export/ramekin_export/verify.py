@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ramekin.engine import Engine
-from ramekin.errors import VerificationError
+from ramekin.errors import ModelFormatError, VerificationError
 from ramekin.inputs import read_papers
 from ramekin.manifest import Manifest
 from ramekin.paper import Paper, build_prompt
@@ -120,9 +120,12 @@ def against(
     """Compare a model folder with the checkpoint that it was made from.
 
     Raises:
+        ModelFormatError: the folder's manifest names no precision that there is.
         VerificationError: the checkpoint has another shape.
     """
     manifest, checks = Manifest.load(model), Checks(papers=papers)
+    if manifest.precision not in RECIPES:
+        raise ModelFormatError(f"{model}: precision {manifest.precision!r} is none of {', '.join(RECIPES)}; export it again")
     judged = checks.verification_papers()
     checkpoint = Checkpoint.open(source, revision)
     with scratch(model.resolve()) as reference:

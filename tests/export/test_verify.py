@@ -75,6 +75,22 @@ def test_another_checkpoint_is_found_out(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_float32_passes_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(str(CHECKPOINT), tmp_path / "model", "fp32")
+    cli.main(["verify", str(tmp_path / "model"), "--reference", str(CHECKPOINT)])
+    assert "100.00%" in capsys.readouterr().out
+
+
+def test_a_precision_that_there_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export(str(CHECKPOINT), tmp_path / "model", "fp32")
+    manifest = tmp_path / "model" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"precision": "fp32"', '"precision": "int3"'))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["verify", str(tmp_path / "model"), "--reference", str(CHECKPOINT)])
+    assert stop.value.code == 1
+    assert "precision 'int3' is none of fp32, int8, int4" in capsys.readouterr().err
+
+
 def test_options_of_the_comparison_need_a_reference(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["verify", str(demo / "int8"), "--json"])
