@@ -34,7 +34,8 @@ answers scatter by several points between rows of equal quality; empty cells wer
 Settings of the others: bitsandbytes as the model card loads it (`load_in_4bit`, compute in bfloat16; its `wo` and head stay in
 float32, as transformers arranges), PyTorch's dynamic int8 of all linear layers, optimum's `avx512_vnni` per channel, CTranslate2
 int8. PyTorch and optimum make one activation scale for a whole tensor. Sizes are those of the weights on disk, for PyTorch
-in memory; ours hold the embedding in float32.
+in memory; ours hold the embedding in float32. All were measured on a processor with AVX2 only: engines whose int8 sums saturate there
+may do better where VNNI is.
 """
 
 
