@@ -70,7 +70,9 @@ def export(
     with whole_or_not_at_all(out, force) as folder:
         if recipe.calibrated and runs:
             with scratch(out) as exact:
-                writer.write(exact, "fp32", replace(RECIPES["fp32"], folded=True), partial(progress, "prepare calibration"))
+                writer.write(
+                    exact, "fp32", replace(RECIPES["fp32"], folded=recipe.folded), partial(progress, "prepare calibration")
+                )
                 recipe = recipe.rounded_by(calibrate(exact, seen, partial(progress, "calibrate")))
         manifest = writer.write(folder, precision, recipe, partial(progress, f"export {precision}"))
         recipe = RECIPES[precision]  # the moments, a gigabyte of a large model's, are done with
