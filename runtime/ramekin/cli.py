@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 import ramekin
+from ramekin.bench_cli import bench
 from ramekin.engine import Completion, Engine
 from ramekin.errors import InputError, RamekinError
 from ramekin.folder_cli import info, verify
@@ -68,6 +69,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+cli.add_command(bench)
 cli.add_command(info)
 cli.add_command(verify)
 
@@ -212,7 +214,7 @@ def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str
     sources = []
     for label, prompt in zip(labels, prompts, strict=True):
         with warnings.catch_warnings(record=True) as caught:
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleared away
+            warnings.simplefilter("always")  # else the second prompt that is cut would not be told of
             sources.append(engine.source_ids(prompt))
         for each in caught:
             if on_long == "error":
