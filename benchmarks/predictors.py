@@ -14,7 +14,7 @@ import numpy.typing as npt
 from benchmarks.naive import Int8PerTensor, NearestPerBlock
 from ramekin import Engine, SamplingParams
 from ramekin_export.pipeline import export
-from ramekin_export.recipe import RECIPES, Int8PerToken, Recipe
+from ramekin_export.recipe import RECIPES, Int8PerToken, PerBlock, Recipe
 from ramekin_export.verify import Checks
 
 Floats = npt.NDArray[np.float32]
@@ -229,6 +229,7 @@ PREDICTORS: Mapping[str, Make] = {
     "int8, scales not folded": _ours(replace(_INT8, folded=False)),
     "int8, one scale for all tokens": _ours(replace(_INT8, encoder=Int8PerTensor())),
     "int8, pairs that saturate": _ours(replace(_INT8, encoder=Int8PerToken(pairs=False))),
+    "int8, head in blocks of 128": _ours(replace(_INT8, head=PerBlock(8))),
     "int8, naive": _ours(Recipe(Int8PerTensor(pairs=False), NearestPerBlock(8), NearestPerBlock(8), folded=False)),
     "int4": _ours(_INT4, "int4"),
     "int4, scales not folded": _ours(replace(_INT4, folded=False), "int4"),

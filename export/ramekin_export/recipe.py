@@ -134,10 +134,13 @@ class Recipe:
         return {part: getattr(self, part).form for part in ("encoder", "decoder", "head")}
 
 
+# What the head reads is rounded in smaller blocks: its errors reach the logits as they are, with nothing behind to average
+# them away. That halves the divergence of int8 for 1 to 2 % of a step.
+_HEAD = PerBlock(8, block=32)
 RECIPES: dict[str, Recipe] = {
     "fp32": Recipe(Float32(), Float32(), Float32(), folded=False),
-    "int8": Recipe(Int8PerToken(), PerBlock(8), PerBlock(8), most_divergence=0.01),
-    "int4": Recipe(Int8PerToken(), PerBlock(4), PerBlock(8), calibrated=True, most_divergence=0.1),
+    "int8": Recipe(Int8PerToken(), PerBlock(8), _HEAD, most_divergence=0.01),
+    "int4": Recipe(Int8PerToken(), PerBlock(4), _HEAD, calibrated=True, most_divergence=0.1),
 }
 
 
