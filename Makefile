@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 PIP = -m pip --disable-pip-version-check -q install
 
-.PHONY: demo test test-runtime test-export test-transformers5 lint model clean
+.PHONY: demo test test-runtime test-export test-transformers5 bench lint model clean
 
 demo: .venv/demo.done  ## Export the demo checkpoint and ask it about a paper: no torch, under 2 minutes
 	.venv/bin/ramekin demo
@@ -20,6 +20,10 @@ test-export: .venv-test/done  ## The export's tests, against transformers 4 as t
 
 test-transformers5: .venv-test5/done  ## The same against transformers 5
 	.venv-test5/bin/python -m pytest tests/export
+
+bench: .venv-bench/done  ## Every engine on FLAN-T5-large's shape; hours. Stop it and take it up again as you like
+	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large
+	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large --levers
 
 lint: .venv-lint/done  ## ruff and mypy
 	.venv-lint/bin/ruff check
@@ -51,6 +55,13 @@ model: .venv-test/done  ## Make the tiny model of the runtime's tests anew
 	.venv-test5/bin/python $(PIP) -U 'pip>=25.1'
 	.venv-test5/bin/python $(PIP) '$(TORCH)'
 	.venv-test5/bin/python $(PIP) -e '.[cpu,export]' 'transformers>=5.23,<6' --group test
+	touch $@
+
+.venv-bench/done: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python $(PIP) -U 'pip>=25.1'
+	.venv-bench/bin/python $(PIP) '$(TORCH)'
+	.venv-bench/bin/python $(PIP) -e '.[cpu,reference]' --group bench
 	touch $@
 
 .venv-lint/done: pyproject.toml

@@ -26,9 +26,9 @@ def paper(tmp_path: Path) -> str:
 def test_help_names_every_command() -> None:
     status, out, _ = run("--help")
     assert status == 0
-    for command in ("generate", "questions", "info", "verify", "export", "demo"):
+    for command in ("generate", "questions", "bench", "info", "verify", "export", "demo"):
         assert f"  {command} " in out
-    for command in ("generate", "questions", "info", "verify"):
+    for command in ("generate", "questions", "bench", "info", "verify"):
         status, out, _ = run(command, "--help")
         assert status == 0
         assert "Usage: ramekin" in out
@@ -138,6 +138,19 @@ def test_info_and_verify() -> None:
     assert status == 0
     assert "files: 6 intact" in out
     assert "golden run: log-probabilities within" in out
+
+
+def test_prompts_that_are_too_long_are_told_of_each_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps("word " * count) + "\n" for count in (40, 50)))
+    options = "generate", str(TINY_MODEL), str(path), "--max-source-tokens", "8"
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")  # what was asked for does not depend on the host's filters
+    status, _, err = run(*options, "--seed", "1")
+    assert status == 0
+    assert [line.split(": ")[1] for line in err.splitlines()] == ["prompt 1", "prompt 2"]
+    status, out, err = run(*options, "--on-long", "error")
+    assert (status, out) == (1, "")
+    assert "nothing was run" in err
 
 
 def test_a_reader_that_leaves() -> None:

@@ -1,0 +1,119 @@
+"""The benchmarks' commands: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from benchmarks.engines import ENGINES, LEVERS
+from benchmarks.jobs import JOBS, QUICK
+from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
+from benchmarks.speed import Plan
+from benchmarks.speed import run as run_plan
+from ramekin.session import usable_cores
+
+_ROOT = Path(__file__).parents[1]
+_DEMO = _ROOT / "examples" / "checkpoint"
+_RESULTS = _ROOT / "benchmarks" / "results" / "speed"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """Time ramekin and its peers on the same jobs; see benchmarks/README.md for what is timed and what is not."""
+
+
+@cli.command()
+@click.argument("checkpoint", required=False)
+@click.option("--shape", type=click.Choice(list(SHAPES)), help="Instead of a CHECKPOINT: random weights, made once.")
+@click.option("--quick", is_flag=True, help="The demo model and small jobs: a minute, for CI.")
+@click.option("--levers", is_flag=True, help="Not the engines, but our own levers, switched on one by one.")
+@click.option("--engine", "engines", multiple=True, type=click.Choice(list(ENGINES)), help="Only these.  [default: all]")
+@click.option("--job", "jobs", multiple=True, help=f"Only these: {', '.join(JOBS)}.  [default: all]")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="For every engine.  [default: the usable cores]")
+@click.option("--limit", type=float, default=240, show_default=True, help="Seconds after which a job is cut.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), default=_ROOT / ".bench", help="For converted models, environments."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The results.  [default: benchmarks/results/speed/MODEL.jsonl]")
+@click.option("--python", "pythons", multiple=True, metavar="NAME=PATH", help="Use this interpreter for an environment.")
+def run(
+    checkpoint: str | None,
+    shape: str | None,
+    quick: bool,
+    levers: bool,
+    engines: tuple[str, ...],
+    jobs: tuple[str, ...],
+    rounds: int,
+    threads: int | None,
+    limit: float,
+    work: Path,
+    out: Path | None,
+    pythons: tuple[str, ...],
+) -> None:
+    """Measure CHECKPOINT (a folder or a Hub id), or --shape, with every engine on every job.
+
+    \b
+    Examples:
+      python -m benchmarks run --shape flan-t5-large
+      python -m benchmarks run ./my-t5 --engine "ramekin int8" --engine "bitsandbytes fp4, padded"
+    """
+    if sum(map(bool, (checkpoint, shape, quick))) != 1:
+        raise click.UsageError("give a CHECKPOINT, or --shape, or --quick")
+    if levers and engines:
+        raise click.UsageError("--levers and --engine are one or the other")
+    offered = QUICK if quick else JOBS
+    unknown = set(jobs) - set(offered)
+    if unknown:
+        raise click.UsageError(f"no job {min(unknown)!r}; there are {', '.join(offered)}")
+    chosen = jobs or ([each for each in offered if each.endswith("n=16 natural")] if levers and not quick else offered)
+    folder = _DEMO if quick else _random(work, shape) if shape else _local(str(checkpoint))
+    model = "demo" if quick else shape or folder.name
+    plan = Plan(
+        model=model,
+        checkpoint=folder.resolve(),
+        work=work.resolve(),
+        engines=tuple(LEVERS) if levers else engines or tuple(ENGINES),
+        jobs={name: offered[name] for name in chosen},
+        rounds=rounds,
+        threads=threads or usable_cores(),
+        limit_s=limit,
+        pythons={name: Path(path) for name, _, path in (each.partition("=") for each in pythons)},
+    )
+    run_plan(plan, out or _RESULTS / f"{model}{'-levers' if levers else ''}.jsonl")
+
+
+@cli.command()
+@click.argument("results", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="A folder for plots.  [default: none]")
+def report(results: Path, plots: Path | None) -> None:
+    """The page of a RESULTS file, on stdout.
+
+    \b
+    Example:
+      python -m benchmarks report benchmarks/results/speed/flan-t5-large.jsonl --plots docs/plots > docs/speed.md
+    """
+    from benchmarks.speed_page import page
+
+    click.echo(page(results, plots), nl=False)
+
+
+def _random(work: Path, shape: str) -> Path:
+    folder = work / shape / "checkpoint"
+    if not (folder / "spiece.model").exists():
+        click.echo(f"making random weights of {shape}'s shape in {folder}", err=True)
+        write_checkpoint(folder, config_of(shape), _DEMO / "spiece.model")
+    return folder
+
+
+def _local(checkpoint: str) -> Path:
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(checkpoint, allow_patterns=["*.json", "*.model", "*.safetensors"]))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,205 @@
+"""Time every engine on every job: each run in a fresh process, the engines in turn, round after round.
+
+Results are appended to a file of JSON lines as they come, so a run can be stopped and taken up again: what is in the file
+is not done again. An engine that fails leaves its error there and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import entry
+from benchmarks.environments import installed, interpreter
+from benchmarks.jobs import Request
+from ramekin.ceiling import Ceiling
+
+_ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured.
+
+    Attributes:
+        model: what the results call the checkpoint.
+        checkpoint: its folder.
+        work: where converted models and environments are kept.
+        engines: names of engines or levers.
+        jobs: by name.
+        rounds: how often each engine does each job.
+        threads: how many threads each engine gets.
+        limit_s: a job that takes longer is cut, and its time extrapolated from its steps.
+        pythons: interpreters to use for environments, instead of making these.
+    """
+
+    model: str
+    checkpoint: Path
+    work: Path
+    engines: Sequence[str]
+    jobs: Mapping[str, tuple[Request, ...]]
+    rounds: int
+    threads: int
+    limit_s: float
+    pythons: Mapping[str, Path]
+
+    def python(self, engine: str) -> Path:
+        """The interpreter for an engine."""
+        name = entry(engine).environment
+        return self.pythons.get(name) or interpreter(name, self.work / "environments")
+
+    def folder(self, engine: str) -> Path:
+        """What the engine reads: its converted model, or the checkpoint."""
+        name = entry(engine).folder
+        return self.work / self.model / name if name else self.checkpoint
+
+
+def machine() -> dict[str, Any]:
+    """What a reader has to know of this machine."""
+    cpu, flags = platform.processor(), ""
+    if Path("/proc/cpuinfo").exists():
+        facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        names = {name.strip(): value.strip() for name, value in facts.items()}
+        cpu, flags = names.get("model name", cpu), names.get("flags", "")
+    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    found = [each for each in wanted if each in flags.split()]
+    return {"processor": cpu, "extensions": found, "cores": os.cpu_count(), "system": platform.system()}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines of a results file; the last one may be cut."""
+    rows = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def run(plan: Plan, out: Path) -> None:
+    """Measure what `out` does not hold yet."""
+    rows, here = read(out), machine()
+    there = next((row["machine"] for row in rows if "machine" in row), here)
+    if there != here:
+        raise SystemExit(f"{out} was measured on another machine ({there['processor']}); choose another file")
+    done = {(row["engine"], row["job"], row["round"]) for row in rows if "engine" in row and "error" not in row}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+
+        def tell(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        if not rows:
+            tell({"machine": here, "model": plan.model, "threads": plan.threads, "limit_s": plan.limit_s})
+        ready = [engine for engine in plan.engines if _prepared(plan, engine, rows, tell)]
+        for number in range(plan.rounds):
+            todo = [(job, e) for job in plan.jobs for e in ready if (e, job, number) not in done]
+            if todo:
+                tell({"round": number, "ceiling": asdict(Ceiling.measure(plan.threads))})
+            for job, engine in todo:
+                row = {"engine": engine, "job": job, "round": number, **_run(plan, engine, plan.jobs[job])}
+                tell(row)
+                print(_line(row), file=sys.stderr, flush=True)
+
+
+def _prepared(plan: Plan, engine: str, rows: Sequence[Mapping[str, Any]], tell: Any) -> bool:
+    """Convert the checkpoint for an engine, and write down what it is; False if that fails."""
+    folder, about = plan.folder(engine), entry(engine)
+    try:
+        if about.folder and not (folder / "done").exists():
+            print(f"{engine}: converting", file=sys.stderr, flush=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            part = folder.with_name(f"{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            _order(plan, engine, {"task": "prepare", "folder": str(part)}, limit=3600)
+            part.rename(folder)
+            (folder / "done").touch()
+        if not any(row.get("about") == engine for row in rows):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            tell({"about": engine, "disk_bytes": size, **installed(plan.python(engine), about.packages)})
+    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
+        tell({"about": engine, "error": str(error)[-600:]})
+        print(f"{engine}: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def _run(plan: Plan, engine: str, requests: Sequence[Request]) -> dict[str, Any]:
+    vocabulary = json.loads((plan.checkpoint / "config.json").read_text("utf-8"))["vocab_size"]
+    order = {
+        "task": "run",
+        "folder": str(plan.folder(engine)),
+        "requests": [{"prompt": each.prompt(vocabulary), "lengths": each.lengths} for each in requests],
+    }
+    try:
+        result = _order(plan, engine, order, limit=4 * plan.limit_s + 300)
+    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
+        return {"error": str(error)[-600:]}
+    return {**result, **_job_time(result["requests"], requests)}
+
+
+def _job_time(ends: Sequence[Sequence[float]], requests: Sequence[Request]) -> dict[str, Any]:
+    """Seconds of the whole job; of a job that was cut what it would have taken, if its later steps were like its last ones."""
+    total, cut = 0.0, False
+    for done, request in zip(ends, requests, strict=False):
+        missing = max(request.lengths) - len(done)
+        total += done[-1]
+        if missing:
+            recent = done[-10:]
+            total, cut = total + missing * (recent[-1] - recent[0]) / max(1, len(recent) - 1), True
+    return {"job_s": total * len(requests) / len(ends), "cut": cut or len(ends) < len(requests)}
+
+
+def _order(plan: Plan, engine: str, order: dict[str, Any], limit: float) -> dict[str, Any]:
+    """Have a worker do something; its answer.
+
+    Raises:
+        RuntimeError: it failed; the text is the end of what it said.
+    """
+    common = {"engine": engine, "checkpoint": str(plan.checkpoint), "threads": plan.threads, "limit_s": plan.limit_s}
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= {name: str(plan.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    text = json.dumps({**common, **order, "spawned": time.monotonic()})
+    done = subprocess.run(
+        [str(plan.python(engine)), "-m", "benchmarks.worker"],
+        input=text,
+        capture_output=True,
+        text=True,
+        cwd=_ROOT,
+        env=environment,
+        timeout=limit,
+        check=False,
+    )
+    if done.returncode:
+        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit status {done.returncode}"]
+        raise RuntimeError(last[0])
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['round']}  {row['job']:22} {row['engine']:26} failed: {row['error']}"
+    first, cut = row["requests"][0][0], " (extrapolated)" if row["cut"] else ""
+    return f"{row['round']}  {row['job']:22} {row['engine']:26} job {row['job_s']:8.2f} s{cut}, first token {first:.2f} s"
+
+
+def summaries(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
+    """The good runs of each pair of job and engine."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if "engine" in row and "error" not in row:
+            found.setdefault((row["job"], row["engine"]), []).append(row)
+    yield from found.items()

@@ -1,0 +1,208 @@
+"""`docs/speed.md` and its plots, from the results of `speed.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.engines import ENGINES, LEVERS
+from benchmarks.jobs import JOBS, QUICK
+from benchmarks.speed import read, summaries
+
+Rows = Sequence[Mapping[str, Any]]
+_INTRODUCTION = """# Speed
+
+Made by `python -m benchmarks report`; what is timed, what is not and how to repeat it: [benchmarks/README.md](../benchmarks/README.md).
+Every figure is the median of {rounds} runs, each in a fresh process, the engines in turn; "±" is half the distance between
+the fastest and the slowest run. `~` marks a job that was cut after {limit:.0f} s: its time is extrapolated from its last steps.
+
+- Model: **{model}**{random}.
+- Machine: {processor}, {cores} cores, {extensions}; {threads} threads for every engine.
+- In the same run the machine read {bandwidth:.1f} GB/s and did {int8:,.0f} G int8 and {float32:,.0f} G float32 operations per second
+  in large matrix products ({int8_range}, {float32_range} over the rounds).
+"""
+
+
+def page(results: Path, plots: Path | None = None) -> str:
+    """The page.
+
+    Args:
+        results: what `run` wrote; beside it, with `-levers` in the name, what `run --levers` wrote, if it did.
+        plots: a folder for the plots; None: none.
+    """
+    rows = read(results)
+    found = dict(summaries(rows))
+    jobs = [job for job in {**JOBS, **QUICK} if any(job == each for each, _ in found)]
+    engines = [engine for engine in ENGINES if any(engine == each for _, each in found)]
+    lever_rows = read(results.with_name(f"{results.stem}-levers.jsonl"))
+    levers = dict(summaries(lever_rows))
+    parts = [_introduction(rows[0], rows, found)]
+    if plots:
+        _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
+        parts.append(f"![Job time by engine]({plots.name}/{results.stem}-jobs.svg)\n")
+    parts += [_job(job, [(engine, found[job, engine]) for engine in engines if (job, engine) in found]) for job in jobs]
+    if levers:
+        parts.append(_levers(levers))
+        if plots:
+            _levers_plot(plots / f"{results.stem}-levers.svg", levers)
+            parts.append(f"![Where the gain comes from]({plots.name}/{results.stem}-levers.svg)\n")
+    parts += [_sizes(rows, engines, found), _failures(rows, engines)]
+    return "\n".join(part for part in parts if part)
+
+
+def _introduction(head: Mapping[str, Any], rows: Rows, found: Mapping[tuple[str, str], Rows]) -> str:
+    ceilings = {
+        name: [row["ceiling"][name] / 1e9 for row in rows if "ceiling" in row] for name in ("bandwidth", "int8", "float32")
+    }
+    machine = head["machine"]
+    return _INTRODUCTION.format(
+        rounds=max(map(len, found.values())),
+        limit=head["limit_s"],
+        model=head["model"],
+        random=", random weights" if head["model"].startswith("flan-t5-") else "",
+        processor=machine["processor"],
+        cores=machine["cores"],
+        extensions=", ".join(machine["extensions"]),
+        threads=head["threads"],
+        **{name: float(np.median(values)) for name, values in ceilings.items()},
+        **{f"{name}_range": f"{min(values):,.0f} to {max(values):,.0f}" for name, values in ceilings.items()},
+    )
+
+
+def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
+    fastest_peer = min((_job_s(runs) for engine, runs in entries if not engine.startswith("ramekin")), default=None)
+    lines = [
+        f"## {job}\n",
+        "| | job | fastest peer / this | first token | step p50 / p95 | tokens/s | cold start | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    requests = {**JOBS, **QUICK}[job]
+    tokens = sum(sum(request.lengths) for request in requests)
+    for engine, runs in sorted(entries, key=lambda entry: _job_s(entry[1])):
+        job_s, cut = _job_s(runs), any(run["cut"] for run in runs)
+        steps = [step for run in runs for ends in run["requests"] for step in np.diff(ends) * 1e3]
+        p50, p95 = np.percentile(steps, (50, 95)) if steps else (np.nan, np.nan)
+        first = np.median([run["requests"][0][0] for run in runs])
+        lines.append(
+            f"| {engine} | {'~' if cut else ''}{_seconds(job_s)} ± {_spread(runs):.0%} "
+            f"| {f'{fastest_peer / job_s:.2f}' if fastest_peer else ''} | {_seconds(first)} | {p50:.0f} / {p95:.0f} ms "
+            f"| {tokens / job_s:.1f} | {np.median([run['cold_start_s'] for run in runs]):.2f} s "
+            f"| {np.median([run['peak_mb'] for run in runs]):,.0f} MB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
+
+
+def _job_s(runs: Rows) -> float:
+    return float(np.median([run["job_s"] for run in runs]))
+
+
+def _spread(runs: Rows) -> float:
+    times = [run["job_s"] for run in runs]
+    return (max(times) - min(times)) / 2 / _job_s(runs)
+
+
+def _sizes(rows: Rows, engines: Sequence[str], found: Mapping[tuple[str, str], Rows]) -> str:
+    about = {row["about"]: row for row in rows if "about" in row and "error" not in row}
+    lines = [
+        "## Sizes and versions\n",
+        "| | on disk | installed, with all it requires | import | load | versions |",
+        "|---|---|---|---|---|---|",
+    ]
+    for engine in engines:
+        row = about[engine]
+        runs = [run for (_, each), group in found.items() if each == engine for run in group]
+        imports, loads = (np.median([run[name] for run in runs]) for name in ("import_s", "load_s"))
+        versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
+        lines.append(
+            f"| {engine} | {row['disk_bytes'] / 1e6:,.0f} MB | {row['bytes'] / 1e6:,.0f} MB | {imports:.2f} s "
+            f"| {loads:.2f} s | {versions} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _failures(rows: Rows, engines: Sequence[str]) -> str:
+    failed = {row.get("engine") or row["about"]: row["error"] for row in rows if "error" in row}
+    lines = [f"- {engine}: {error}" for engine, error in failed.items() if engine not in engines]
+    return "## Did not run\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _levers(found: Mapping[tuple[str, str], Rows]) -> str:
+    """Where the gain comes from: each lever on top of the ones before."""
+    lines = [
+        "## Where the gain comes from\n",
+        "Our own graphs, first with every lever off, then with one thing more in each line: 16 samples that end at natural lengths "
+        "after 900 tokens.\n",
+        "| | job | times as fast as the line before | as the first line |",
+        "|---|---|---|---|",
+    ]
+    rows = [(name, _job_s(runs), _spread(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name]
+    for place, (name, seconds, spread) in enumerate(rows):
+        before = rows[max(0, place - 1)][1]
+        lines.append(
+            f"| {name} | {_seconds(seconds)} ± {spread:.0%} | {before / seconds:.2f} | {rows[0][1] / seconds:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[str, str], Rows]) -> None:
+    """Job time by engine and n; logarithmic, since the times differ a hundredfold."""
+    plt = _pyplot(figure_path)
+    jobs = [job for job in {**JOBS, **QUICK} if any(job == each for each, _ in found)]
+    shown = [job for job in jobs if job.startswith("900 n=")] or jobs
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 0.9 + 0.32 * len(engines)), squeeze=False)
+    places = {engine: place for place, engine in enumerate(reversed(engines))}
+    for axis, job in zip(axes[0], shown, strict=True):
+        for engine, place in places.items():
+            if (job, engine) in found:
+                runs = found[job, engine]
+                seconds, colour = _job_s(runs), "#c2410c" if engine.startswith("ramekin") else "#94a3b8"
+                axis.errorbar(seconds, place, xerr=_spread(runs) * seconds, fmt="o", ms=5, color=colour, elinewidth=0.8)
+                axis.annotate(
+                    _seconds(seconds), (seconds, place), (7, 0), textcoords="offset points", va="center", fontsize=7
+                )
+        axis.set_xscale("log")
+        axis.set_title(job, fontsize=10)
+        axis.set_xlabel("seconds, logarithmic", fontsize=8)
+        axis.set_yticks(list(places.values()), list(places) if axis is axes[0][0] else [""] * len(places), fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.margins(x=0.3)
+        axis.grid(axis="y", lw=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(figure_path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _levers_plot(figure_path: Path, found: Mapping[tuple[str, str], Rows]) -> None:
+    """Job time as lever after lever is switched on."""
+    plt = _pyplot(figure_path)
+    times = {name: _job_s(runs) for name in LEVERS for (_, each), runs in found.items() if each == name}
+    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.34 * len(times)))
+    for place, (name, seconds) in enumerate(reversed(times.items())):
+        axis.barh(place, seconds, color="#c2410c")
+        axis.text(seconds * 1.01, place, _seconds(seconds), va="center", fontsize=8)
+        axis.text(0, place, f"{name}  ", va="center", ha="right", fontsize=8)
+    axis.set_yticks([])
+    axis.set_xlabel("seconds for 16 samples of natural lengths after 900 tokens", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(figure_path, metadata={"Date": None}, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _pyplot(figure_path: Path) -> Any:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = figure_path.stem  # the same results give the same file
+    from matplotlib import pyplot as plt
+
+    figure_path.parent.mkdir(parents=True, exist_ok=True)
+    return plt

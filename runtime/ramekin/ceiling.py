@@ -1,0 +1,114 @@
+"""What this machine can do at best, measured, and how long a job would then take at the least."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ramekin.manifest import Dims, Manifest, VersionRange
+from ramekin.session import onnxruntime
+
+_BUFFER = 256 << 20
+"""Bytes that are read to measure bandwidth: more than any cache holds."""
+_ROWS, _INNER, _OUTER = 1024, 1024, 4096
+"""The matrix product that is timed: `(rows, inner) x (inner, outer)`; `ceiling_*.onnx` hold the right-hand side."""
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Rates of a machine with a number of threads.
+
+    Attributes:
+        bandwidth: bytes read from memory per second.
+        int8: 8-bit operations per second in a large matrix product (a multiplication and an addition are two).
+        float32: the same in float32.
+    """
+
+    bandwidth: float
+    int8: float
+    float32: float
+
+    @classmethod
+    def measure(cls, threads: int) -> Ceiling:
+        """Measure, in about two seconds, with nothing else running."""
+        ort = onnxruntime(VersionRange())
+        return cls(_bandwidth(threads), _product(ort, "int8", threads), _product(ort, "float32", threads))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one job has to compute and to read, at the least.
+
+    A prompt of S tokens is encoded once, and projected once to the keys and values of every decoder layer. A step reads the
+    decoder's weights and the prompt's keys and values once, for all n samples, and each sample's own.
+    """
+
+    manifest: Manifest
+    source: int
+    n: int
+    tokens: int
+
+    def prefill_s(self, ceiling: Ceiling) -> float:
+        """Seconds for the encoder."""
+        dims, inner = self.manifest.dims, _inner(self.manifest.dims)
+        weights = dims.encoder_layers * (4 * dims.d_model * inner + self._forward(dims))
+        weights += dims.decoder_layers * 2 * dims.d_model * inner
+        attention = dims.encoder_layers * 4 * self.source**2 * inner
+        computing = 2 * weights * self.source / self._rate(ceiling) + attention / ceiling.float32
+        return max(computing, self.manifest.files["encoder.bin"].bytes / ceiling.bandwidth)
+
+    def step_s(self, ceiling: Ceiling) -> float:
+        """Seconds for a step in the middle of the job."""
+        dims, inner, position = self.manifest.dims, _inner(self.manifest.dims), self.tokens // 2
+        weights = dims.decoder_layers * (6 * dims.d_model * inner + self._forward(dims)) + dims.vocab_size * dims.d_model
+        attention = dims.decoder_layers * 4 * (self.source + position) * inner
+        computing = self.n * (2 * weights / self._rate(ceiling) + attention / ceiling.float32)
+        cached = 2 * dims.decoder_layers * inner * 4 * (self.source + self.n * position)
+        return max(computing, (self.manifest.files["decoder.bin"].bytes + cached) / ceiling.bandwidth)
+
+    def job_s(self, ceiling: Ceiling) -> float:
+        """Seconds for the whole job."""
+        return self.prefill_s(ceiling) + self.tokens * self.step_s(ceiling)
+
+    def _forward(self, dims: Dims) -> int:
+        return (2 if self.manifest.variant == "t5-v1.0" else 3) * dims.d_model * dims.d_ff
+
+    def _rate(self, ceiling: Ceiling) -> float:
+        return ceiling.float32 if self.manifest.precision == "fp32" else ceiling.int8
+
+
+def _inner(dims: Dims) -> int:
+    return dims.num_heads * dims.head_dim
+
+
+def _best(run: Callable[[], object], seconds: float = 0.5) -> float:
+    """The shortest of the runs that fit into some time: what the machine can do when nothing disturbs it."""
+    run()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def _bandwidth(threads: int) -> float:
+    parts = [np.ones(_BUFFER // threads // 4, np.float32) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(part.nbytes for part in parts) / _best(lambda: list(pool.map(np.max, parts)))
+
+
+def _product(ort: Any, kind: str, threads: int) -> float:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    graph = Path(__file__).with_name(f"ceiling_{kind}.onnx")
+    session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    left = np.ones((_ROWS, _INNER), np.uint8 if kind == "int8" else np.float32)
+    return 2 * _ROWS * _INNER * _OUTER / _best(lambda: session.run(None, {"left": left}))

@@ -1,0 +1,125 @@
+"""The benchmarks' machinery: fresh processes, taking up again, failures, lengths, the page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import speed
+from benchmarks.__main__ import cli
+from benchmarks.engines import ENGINES, LEVERS, Clock, Entry
+from benchmarks.jobs import NATURAL, QUICK, Request, forced
+from benchmarks.speed import Plan, _job_time
+from benchmarks.speed_page import page
+from ramekin_export.cli import EXAMPLES
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture
+def plan(work: Path) -> Plan:
+    return Plan(
+        model="demo",
+        checkpoint=EXAMPLES / "checkpoint",
+        work=work,
+        engines=("ramekin int8", "transformers fp32"),
+        jobs={"120 n=4 natural": QUICK["120 n=4 natural"]},
+        rounds=2,
+        threads=1,
+        limit_s=60,
+        pythons={},
+    )
+
+
+def test_each_engine_in_turn_and_taken_up_again(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    speed.run(replace(plan, rounds=1), out)
+    first = speed.read(out)
+    out.write_text(out.read_text() + '{"engine": "a line that was cut')
+    speed.run(plan, out)
+    rows = speed.read(out)
+    assert rows[: len(first)] == first  # nothing is measured twice
+    runs = [(row["round"], row["engine"]) for row in rows if "engine" in row]
+    assert runs == [(0, "ramekin int8"), (0, "transformers fp32"), (1, "ramekin int8"), (1, "transformers fp32")]
+    for row in rows:
+        if "engine" in row:
+            assert "error" not in row
+            assert [len(ends) for ends in row["requests"]] == [12]  # the longest sample
+            assert row["cold_start_s"] > row["import_s"] + row["load_s"] > 0
+            assert row["peak_mb"] > 50
+    made = page(out, tmp_path / "plots") if _has_matplotlib() else page(out)
+    assert "ramekin int8" in made
+    assert "120 n=4 natural" in made
+
+
+def test_results_of_another_machine_are_not_added_to(plan: Plan, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    out.write_text(json.dumps({"machine": {"processor": "Z80"}}) + "\n")
+    with pytest.raises(SystemExit, match="another machine"):
+        speed.run(plan, out)
+
+
+def test_one_that_fails_does_not_lose_the_others(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENGINES, "broken", Entry("no_such_engine", {}, ("numpy",), ("numpy",)))
+    out = tmp_path / "results.jsonl"
+    speed.run(replace(plan, engines=("broken", "ramekin int8"), rounds=1), out)
+    runs = {row["engine"]: row for row in speed.read(out) if "engine" in row}
+    assert "broken" in runs["broken"]["error"]  # the worker does not know it
+    assert runs["ramekin int8"]["job_s"] > 0
+    assert "broken" in page(out)
+
+
+@pytest.mark.parametrize("name", list(LEVERS))
+def test_every_combination_of_levers_runs(name: str, plan: Plan) -> None:
+    requests = plan.jobs["120 n=4 natural"]
+    assert speed._prepared(plan, name, [{"about": name}], lambda _row: None)
+    result = speed._run(plan, name, requests)
+    assert result.get("error") is None
+    assert [len(ends) for ends in result["requests"]] == [max(requests[0].lengths)]
+
+
+def test_a_job_that_was_cut_is_extrapolated_from_its_last_steps() -> None:
+    whole = _job_time([[2.0, 3.0, 4.0]], forced(9, 4, tokens=3))
+    assert whole == {"job_s": 4.0, "cut": False}
+    cut = _job_time([[2.0, 3.0, 4.0]], forced(9, 4, tokens=10))
+    assert cut == {"job_s": 11.0, "cut": True}
+    half = _job_time([[2.0, 3.0]], (Request(9, (2,)), Request(9, (2,))))
+    assert half == {"job_s": 6.0, "cut": True}
+
+
+def test_a_clock_that_is_over() -> None:
+    assert not Clock(60).tick()
+    assert Clock(-1).tick()
+
+
+def test_natural_lengths_are_like_the_cards() -> None:
+    assert len(NATURAL) == 16
+    assert max(NATURAL) == 100
+    assert sorted(NATURAL)[-2] < 60
+    assert sum(NATURAL) / (16 * 100) == pytest.approx(0.37, abs=0.03)
+
+
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_the_command_refuses_what_it_does_not_know() -> None:
+    def refused(*arguments: Any) -> str:
+        result = CliRunner().invoke(cli, ["run", *arguments])
+        assert result.exit_code == 2
+        return result.output
+
+    assert "CHECKPOINT, or --shape, or --quick" in refused()
+    assert "no job 'x'" in refused("--quick", "--job", "x")
