@@ -34,6 +34,8 @@ from ramekin_export.fidelity import Fidelity, compare_rows
 
 SAMPLING = SamplingParams(n=4, max_new_tokens=32, top_k=0, top_p=0.95, seed=0)
 _ORDER = ("", "both", "signal", "wo", "channels")
+ASKED = 400
+"""Papers that the larger model is asked about; the others a quarter of it, since the demo has them all right."""
 LIBRARIES = ("onnxruntime", "torch", "transformers", "bitsandbytes", "optimum-onnx", "ctranslate2")
 
 
@@ -44,10 +46,10 @@ def _paper_prompt(paper: SyntheticPaper) -> str:
 class Task:
     """What a model was trained for: texts to judge it on, questions with answers, papers to calibrate with."""
 
-    def __init__(self, name: str, papers: Path | None) -> None:
+    def __init__(self, name: str, papers: Path | None, asked: int) -> None:
         if name == "demo":
             self.prompts = [_paper_prompt(paper) for paper in held_out_papers(24)]
-            self.asked = held_out_papers(124)[24:]
+            self.asked = held_out_papers(24 + asked)[24:]
             seen = [make_paper(seed) for seed in range(16)]
         else:
             assert papers
@@ -55,7 +57,7 @@ class Task:
             mixed = held_out(14, judging, 70), held_out(18, judging, 540)[14:]
             self.prompts = [_paper_prompt(paper) for papers in mixed for paper in papers]
             self.prompts += [continuation(HELD_OUT_SEED + i, judging, 120)[0] for i in range(4)]
-            self.asked = held_out(118, judging, 70)[18:]
+            self.asked = held_out(18 + asked, judging, 70)[18:]
             seen = [mixed_paper(seed, training, 70 if seed % 4 else 540) for seed in range(16)]
         self.calibration = [{"title": p.title, "abstract": p.abstract, "introduction": p.introduction} for p in seen]
 
@@ -124,7 +126,8 @@ def run(models: dict[str, Path], out: Path, papers: Path, names: list[str], jobs
         def one(job: tuple[str, Path, str, Path]) -> None:
             model, checkpoint, name, path = job
             task = model.partition("-")[0]
-            command = [sys.executable, "-m", "benchmarks.quality", "judge", str(checkpoint), task, name, str(papers)]
+            asked = str(ASKED if model == "larger" else ASKED // 4)
+            command = [sys.executable, "-m", "benchmarks.quality", "judge", str(checkpoint), task, name, str(papers), asked]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             result = {"model": model, "predictor": name, "versions": dict(_versions())}
             try:
@@ -154,6 +157,7 @@ def main() -> None:
     single.add_argument("task", choices=("demo", "larger"))
     single.add_argument("predictor", choices=list(PREDICTORS))
     single.add_argument("papers", type=Path)
+    single.add_argument("asked", type=int, help="how many papers are asked about")
     tables = commands.add_parser("table", help="the results as a page")
     tables.add_argument("results", type=Path)
     a = parser.parse_args()
@@ -161,7 +165,7 @@ def main() -> None:
         models = {"demo": a.demo, "demo-signal": a.demo_signal, "larger": a.larger, "larger-signal": a.larger_signal}
         run({name: path for name, path in models.items() if path}, a.out, a.papers, a.predictor or list(PREDICTORS), a.jobs)
     elif a.command == "judge":
-        print(json.dumps(judge(a.checkpoint, a.predictor, Task(a.task, a.papers))))
+        print(json.dumps(judge(a.checkpoint, a.predictor, Task(a.task, a.papers, a.asked))))
     else:
         from benchmarks.quality_page import page
 

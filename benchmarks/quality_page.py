@@ -19,17 +19,14 @@ papers to which the greedy output is a question with the one right answer. Both 
 they say nothing of any real checkpoint's answers, for which `ramekin export` and `ramekin verify --reference` measure the same.
 
 - **demo**: the 3.5 million parameters of `examples/checkpoint`, on synthetic papers.
-- **larger**: 22 million parameters with T5's own vocabulary, trained by `benchmarks/train_larger.py` on real papers with
-  invented facts strewn in; prompts of 150 to 1024 tokens, and some that ask to continue a real paper.
+- **larger**: 22 million parameters with T5's own vocabulary, grown from the demo and trained by `benchmarks/train_larger.py` on real
+  papers with invented facts strewn in; prompts of 150 to 1024 tokens, and some that ask to continue a real paper.
 
 Their twins compute the same function in float32, with weights that are hard to quantize: **channels** has channels 50 to 200
 times larger in front of every projection, **wo** has activations 50 to 200 times larger in front of the feed-forward
-output projections, **both** has both (`benchmarks/twins.py`). **signal** is not the same function: two channels of its residual
-stream are 30 times larger and carry signal, after a short further training (`benchmarks/signal_twin.py`). Seven minutes did not
-bring it back to the demo's level; a signal twin of the larger model did not recover at all, and is left out.
-
-What this page does not show yet: the larger model has learned its task poorly (see its first row), so its shares of right
-answers scatter by several points between rows of equal quality; empty cells were not measured.
+output projections, **both** has both (`benchmarks/twins.py`). **signal** is a model whose outlier channels carry signal: its residual
+stream is rotated so that the two directions of most variance are single channels, these are made three times larger, and a
+short further training mends what that changed (`benchmarks/signal_twin.py`). It is compared with its own float32 model.
 
 Settings of the others: bitsandbytes as the model card loads it (`load_in_4bit`, compute in bfloat16; its `wo` and head stay in
 float32, as transformers arranges), PyTorch's dynamic int8 of all linear layers, optimum's `avx512_vnni` per channel, CTranslate2
