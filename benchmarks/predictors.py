@@ -194,23 +194,14 @@ def _torch_int8(checkpoint: Path) -> Any:
 
 
 def _optimum_int8(checkpoint: Path, scratch: Path, papers: Path | None) -> Predictor:
-    from optimum.onnxruntime import ORTModelForSeq2SeqLM, ORTQuantizer
-    from optimum.onnxruntime.configuration import AutoQuantizationConfig
+    from benchmarks.engines.hf import make
 
-    plain, small = scratch / "onnx", scratch / "int8"
-    ORTModelForSeq2SeqLM.from_pretrained(checkpoint, export=True).save_pretrained(plain)
-    settings = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
-    for graph in sorted(plain.glob("*.onnx")):
-        ORTQuantizer.from_pretrained(plain, file_name=graph.name).quantize(save_dir=small, quantization_config=settings)
-    names = {path.stem.removesuffix("_quantized"): path.name for path in small.glob("*.onnx")}
-    model = ORTModelForSeq2SeqLM.from_pretrained(
-        small,
-        encoder_file_name=names["encoder_model"],
-        decoder_file_name=names.get("decoder_model"),
-        decoder_with_past_file_name=names.get("decoder_with_past_model"),
-    )
-    size = sum((small / name).stat().st_size for part, name in names.items() if part != "decoder_model")
-    return Torch(model, size)
+    folder, engine = scratch / "int8", make(kind="optimum", int8=True)
+    folder.mkdir()
+    engine.prepare(checkpoint, folder)
+    engine.load(checkpoint, folder, threads=1)
+    graphs = (path for path in folder.glob("*.onnx") if not path.stem.startswith("decoder_model"))
+    return Torch(engine.model, sum(path.stat().st_size for path in graphs))
 
 
 def _ctranslate2(checkpoint: Path, scratch: Path, papers: Path | None) -> Predictor:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,10 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['round']}  {row['job']:22} {row['engine']:26} job {row['job_s']:8.2f} s{cut}, first token {first:.2f} s"
 
 
-def summaries(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, str], list[Mapping[str, Any]]]]:
-    """The good runs of each pair of job and engine."""
+def good_runs(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
+    """The runs that did not fail, by job and engine."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         if "engine" in row and "error" not in row:
             found.setdefault((row["job"], row["engine"]), []).append(row)
-    yield from found.items()
+    return found

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.engines import ENGINES, LEVERS
 from benchmarks.jobs import JOBS, QUICK
-from benchmarks.speed import read, summaries
+from benchmarks.speed import good_runs, read
 
 Rows = Sequence[Mapping[str, Any]]
 _INTRODUCTION = """# Speed
@@ -34,11 +34,11 @@ def page(results: Path, plots: Path | None = None) -> str:
         plots: a folder for the plots; None: none.
     """
     rows = read(results)
-    found = dict(summaries(rows))
+    found = good_runs(rows)
     jobs = [job for job in {**JOBS, **QUICK} if any(job == each for each, _ in found)]
     engines = [engine for engine in ENGINES if any(engine == each for _, each in found)]
     lever_rows = read(results.with_name(f"{results.stem}-levers.jsonl"))
-    levers = dict(summaries(lever_rows))
+    levers = good_runs(lever_rows)
     parts = [_introduction(rows[0], rows, found)]
     if plots:
         _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)

@@ -19,7 +19,7 @@ class HuggingFace:
 
     def __init__(self, kind: str, padded: int = 0, int8: bool = False) -> None:
         self._kind, self._padded, self._int8 = kind, padded, int8
-        self._model: Any = None
+        self.model: Any = None
 
     def prepare(self, checkpoint: Path, folder: Path) -> None:
         {"optimum": self._prepare_optimum, "openvino": self._prepare_openvino}[self._kind](checkpoint, folder)
@@ -50,13 +50,13 @@ class HuggingFace:
         import torch
 
         torch.set_num_threads(threads)
-        self._model = _LOADERS.get(self._kind, _load_torch)(self._kind, checkpoint, folder, threads)
+        self.model = _LOADERS.get(self._kind, _load_torch)(self._kind, checkpoint, folder, threads)
 
     def run(self, prompt: Sequence[int], lengths: Sequence[int], clock: Clock) -> None:
         import torch
         from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-        model, ends = self._model, torch.tensor(lengths)
+        model, ends = self.model, torch.tensor(lengths)
         eos = model.config.eos_token_id
 
         class Ends(LogitsProcessor):  # type: ignore[misc]  # the library has no types
