@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import entry
+from benchmarks.engines import EXTRAPOLATED_FROM, entry
 from benchmarks.environments import installed, interpreter
 from benchmarks.jobs import Request
 from ramekin.ceiling import Ceiling
@@ -157,7 +157,7 @@ def _job_time(ends: Sequence[Sequence[float]], requests: Sequence[Request]) -> d
         missing = max(request.lengths) - len(done)
         total += done[-1]
         if missing:
-            recent = done[-10:]
+            recent = done[-EXTRAPOLATED_FROM:]
             total, cut = total + missing * (recent[-1] - recent[0]) / max(1, len(recent) - 1), True
     return {"job_s": total * len(requests) / len(ends), "cut": cut or len(ends) < len(requests)}
 

@@ -77,8 +77,8 @@ def _unshared(folder: Path, manifest: Manifest, threads: int) -> Any:
     graph = onnx.load(folder / DECODER, load_external_data=False)
     for tensor in graph.graph.initializer:
         if tensor.name == "fold":  # the samples become queries of one sample: now they stay samples
-            inner = int(numpy_helper.to_array(tensor)[2])
-            tensor.CopyFrom(numpy_helper.from_array(np.array([-1, 1, inner]), "fold"))
+            heads, width = numpy_helper.to_array(tensor)[2:].tolist()
+            tensor.CopyFrom(numpy_helper.from_array(np.array([-1, 1, heads, width]), "fold"))
     for value in graph.graph.input:
         if value.name in cross_names(manifest.dims.decoder_layers):
             value.type.tensor_type.shape.dim[0].dim_param = "n"

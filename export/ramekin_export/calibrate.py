@@ -97,7 +97,9 @@ def _sample(
 def _write_tapped(folder: Path) -> list[str]:
     """Write the decoder graph with the inputs of its matrix products as further outputs; their names."""
     model = onnx.load(folder / DECODER, load_external_data=False)
-    taps = list(dict.fromkeys(node.input[0] for node in model.graph.node if node.op_type == "MatMul"))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in weights]
+    taps = list(dict.fromkeys(node.input[0] for node in products))
     model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in taps)
     (folder / _TAPPED).write_bytes(model.SerializeToString())
     return taps

@@ -12,7 +12,7 @@ from ramekin.manifest import (
     TOP_IDS,
     TOP_K,
     TOP_VALUES,
-    cross_names,
+    cross_shapes,
     past_names,
     present_names,
 )
@@ -29,9 +29,9 @@ def build_decoder(
 ) -> GraphBuilder:
     """Build the graph; its weights go into `weights` on the way.
 
-    `token_ids (n, 1)`, `past_lengths (n,)`, `top_k (1,)`, `past_* (n, heads, capacity, head_dim)`, `cross_*
-    (1, heads, source, head_dim)` -> `logits (n, vocab)`, `top_values` and `top_ids (n, top_k)`, `present_*`, which have to
-    be bound to the memory of `past_*`. All rows are at the same step.
+    `token_ids (n, 1)`, `past_lengths (n,)`, `top_k (1,)`, `past_* (n, heads, capacity, head_dim)`, `cross_key_* (1, heads,
+    source, head_dim)`, `cross_value_* (1, heads, head_dim, source)` -> `logits (n, vocab)`, `top_values` and `top_ids (n,
+    top_k)`, `present_*`, which have to be bound to the memory of `past_*`. All rows are at the same step.
     """
     g, dims = GraphBuilder("decoder", weights), config.dims
     inner = dims.num_heads * dims.head_dim
@@ -39,9 +39,8 @@ def build_decoder(
     lengths = g.input(PAST_LENGTHS, np.int32, ["n"])
     top_k = g.input(TOP_K, np.int64, [1])
     cache: Shape = ["n", dims.num_heads, "capacity", dims.head_dim]
-    crossed: Shape = [1, dims.num_heads, "source", dims.head_dim]
     past = [g.input(name, np.float32, cache) for name in past_names(dims.decoder_layers)]
-    cross = [g.input(name, np.float32, crossed) for name in cross_names(dims.decoder_layers)]
+    cross = [g.input(name, np.float32, shape) for name, shape in cross_shapes(dims, "source").items()]
     present = present_names(dims.decoder_layers)
     bias, capacity = _bias(g, c, config, lengths, past[0])
 
@@ -63,11 +62,8 @@ def build_decoder(
         gain = c.tensor(f"{block}.layer.1.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.1.layer_norm", gain)
         query = project(g, recipe.decoder, normed, f"{at}.q", c.tensor(f"{at}.q.weight", inner, dims.d_model))
-        # n samples with one query each are n queries of one sample: the prompt's keys and values are read once for all.
-        folded = g.node("Reshape", [query, g.constant("fold", [1, -1, inner])], f"{at}.folded")
-        shared = g.node("MultiHeadAttention", [folded, *cross[pair]], f"{at}.heads", num_heads=dims.num_heads, scale=1.0)
-        unfolded = g.node("Reshape", [shared, g.constant("unfold", [-1, 1, inner])], f"{at}.unfolded")
-        new = project(g, recipe.decoder, unfolded, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+        shared = _cross_attention(g, config, query, cross[2 * i], cross[2 * i + 1], at)
+        new = project(g, recipe.decoder, shared, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
 
         at = f"{block}.layer.2"
         gain = c.tensor(f"{at}.layer_norm.weight", dims.d_model)
@@ -86,6 +82,22 @@ def build_decoder(
     for name in present:
         g.output(name, np.float32, cache)
     return g
+
+
+def _cross_attention(g: GraphBuilder, config: T5Config, query: str, keys: str, values: str, at: str) -> str:
+    """Attention of `query (n, 1, heads * head_dim)` to the prompt: n samples are n columns over one set of keys and values.
+
+    Keys and values stand on the left of their products, where the matrix product reads them in place. On the right, as
+    `MultiHeadAttention` has them, it would first copy all of them into blocks, at every step.
+    """
+    dims = config.dims
+    rows = g.node("Reshape", [query, g.constant("fold", [1, -1, dims.num_heads, dims.head_dim])], f"{at}.rows")
+    columns = g.node("Transpose", [rows], f"{at}.columns", perm=[0, 2, 3, 1])  # (1, heads, head_dim, n)
+    scores = g.node("MatMul", [keys, columns], f"{at}.scores")  # (1, heads, source, n)
+    shares = g.node("Softmax", [scores], f"{at}.shares", axis=2)
+    mixed = g.node("MatMul", [values, shares], f"{at}.mixed")  # (1, heads, head_dim, n)
+    by_row = g.node("Transpose", [mixed], f"{at}.by_row", perm=[0, 3, 1, 2])
+    return g.node("Reshape", [by_row, g.constant("unfold", [-1, 1, dims.num_heads * dims.head_dim])], f"{at}.heads")
 
 
 def _bias(g: GraphBuilder, c: Weights, config: T5Config, lengths: str, past: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from ramekin.manifest import ENCODER_HIDDEN, INPUT_IDS, cross_names
+from ramekin.manifest import ENCODER_HIDDEN, INPUT_IDS, cross_shapes
 from ramekin_export.config import T5Config
 from ramekin_export.fold import Folded, Weights
 from ramekin_export.graph import GraphBuilder, WeightFile
@@ -16,8 +16,8 @@ from ramekin_export.recipe import Recipe, names, project
 def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: TensorProto, weights: WeightFile) -> GraphBuilder:
     """Build the graph; its weights go into `weights` on the way.
 
-    `input_ids (1, S)` -> `encoder_hidden (1, S, d_model)`, `cross_key_i` and `cross_value_i (1, heads, S, head_dim)`.
-    There is no mask: one prompt, no padding.
+    `input_ids (1, S)` -> `encoder_hidden (1, S, d_model)`, `cross_key_i (1, heads, S, head_dim)`, `cross_value_i (1, heads,
+    head_dim, S)`. There is no mask: one prompt, no padding.
     """
     g, dims = GraphBuilder("encoder", weights), config.dims
     inner = dims.num_heads * dims.head_dim
@@ -72,11 +72,12 @@ def _cross(g: GraphBuilder, c: Weights, config: T5Config, recipe: Recipe, hidden
     dims = config.dims
     inner = dims.num_heads * dims.head_dim
     split = g.constant("split_heads", [1, -1, dims.num_heads, dims.head_dim])
-    outputs = iter(cross_names(dims.decoder_layers))
+    outputs = iter(cross_shapes(dims, "source").items())
     for i in range(dims.decoder_layers):
         at = f"decoder.block.{i}.layer.1.EncDecAttention"
         kv = {name: c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "kv")}
-        for projected, output in zip(recipe.encoder(g, hidden, kv), outputs, strict=False):
+        for projected, order in zip(recipe.encoder(g, hidden, kv), ([0, 2, 1, 3], [0, 2, 3, 1]), strict=True):
             rows = g.node("Reshape", [projected, split], f"{projected}.heads")
-            g.node("Transpose", [rows], output, perm=[0, 2, 1, 3])
-            g.output(output, np.float32, [1, dims.num_heads, "source", dims.head_dim])
+            output, shape = next(outputs)
+            g.node("Transpose", [rows], output, perm=order)
+            g.output(output, np.float32, shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -10,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ramekin.errors import RamekinError
-from ramekin.manifest import MANIFEST, Manifest
+from ramekin.manifest import MANIFEST
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -25,14 +25,21 @@ def check_target(out: Path, force: bool) -> None:
     if not force:
         raise FileExistsError(f"{out}: is there already; --force replaces it")
     entries = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    try:
-        ours = {MANIFEST, *Manifest.load(out).files} if entries else set()
-    except RamekinError:
-        ours = set()
+    ours = _model_files(out)
     if entries - ours:
         raise FileExistsError(
             f"{out}: holds other things than a model ({min(entries - ours)!r}), so --force does not replace it"
         )
+
+
+def _model_files(out: Path) -> set[str]:
+    """What belongs to the model in a folder, be it of an older format; nothing if it holds no model."""
+    try:
+        raw = json.loads((out / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    listed = raw.get("files") if isinstance(raw, dict) and "format_version" in raw else None
+    return {MANIFEST, *listed} if isinstance(listed, dict) else set()
 
 
 @contextmanager

@@ -9,19 +9,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ramekin.manifest import Dims
+from ramekin.manifest import Dims, cross_shapes
 
 Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Cross:
-    """Cross-attention keys and values of one prompt, `2 * layers` arrays `(1, heads, source, head_dim)` float32.
+    """Cross-attention keys `(1, heads, source, head_dim)` and values `(1, heads, head_dim, source)` of one prompt.
 
     All samples of the prompt share them: the decoder reads them once per step, however many samples there are.
+
+    Attributes:
+        arrays: keys and values, layer by layer, float32.
     """
 
     arrays: tuple[Floats, ...]
+
+    @classmethod
+    def empty(cls, dims: Dims, source: int) -> Cross:
+        """Memory for a prompt of `source` tokens."""
+        return cls(tuple(np.empty(shape, np.float32) for shape in cross_shapes(dims, source).values()))
 
 
 class Cache:

@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
 
@@ -23,10 +23,10 @@ DEFAULT_PROMPT = (
 )
 """The prompt of the model card of UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation."""
 
-# Tensor names. The encoder graph: input_ids (1, S) int64 -> encoder_hidden (1, S, d_model), cross_key_i, cross_value_i
-# (1, heads, S, head_dim). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32, top_k (1,) int64,
-# past_key_i, past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and top_ids (n, top_k),
-# present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32.
+# Tensor names. The encoder graph: input_ids (1, S) int64 -> encoder_hidden (1, S, d_model), cross_key_i (1, heads, S,
+# head_dim), cross_value_i (1, heads, head_dim, S). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32,
+# top_k (1,) int64, past_key_i, past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and
+# top_ids (n, top_k), present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32.
 INPUT_IDS, ENCODER_HIDDEN = "input_ids", "encoder_hidden"
 TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
 LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
@@ -35,6 +35,16 @@ LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
 def cross_names(layers: int) -> list[str]:
     """The cross-attention keys and values, layer by layer: `cross_key_0, cross_value_0, cross_key_1, ...`."""
     return [f"cross_{part}_{i}" for i in range(layers) for part in ("key", "value")]
+
+
+Size = TypeVar("Size")
+
+
+def cross_shapes(dims: Dims, source: Size) -> dict[str, tuple[int | Size, ...]]:
+    """The shape of each of `cross_names`, for a prompt of `source` tokens: a number, or what stands for any number."""
+    keys = (1, dims.num_heads, source, dims.head_dim)
+    values = (1, dims.num_heads, dims.head_dim, source)
+    return {name: (keys, values)[i % 2] for i, name in enumerate(cross_names(dims.decoder_layers))}
 
 
 def past_names(layers: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ramekin.manifest import (
     TOP_VALUES,
     Manifest,
     cross_names,
+    cross_shapes,
     past_names,
     present_names,
 )
@@ -57,7 +59,7 @@ class Model:
         layers = self.dims.decoder_layers
         self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
         heads, width = self.dims.num_heads, self.dims.head_dim
-        crossed: Shapes = dict.fromkeys(self._cross, (1, heads, None, width))
+        crossed: Shapes = cross_shapes(self.dims, None)
         cached: Shapes = dict.fromkeys(self._past, (None, heads, None, width))
         written: Shapes = dict.fromkeys(self._present, (None, heads, None, width))
         small: Shapes = {TOKEN_IDS: (None, 1), PAST_LENGTHS: (None,), TOP_K: (1,)}
@@ -76,24 +78,25 @@ class Model:
             RuntimeVersionError: onnxruntime is missing or of a version that the model does not support.
         """
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
-        encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True)
-        decoder = open_session(ort, folder / DECODER, files, provider, threads, rests=False)
-        return cls(ort, encoder, decoder, manifest)
+        # Opening a graph packs its weights with one thread, so both are opened at once.
+        with ThreadPoolExecutor(2) as pool:
+            encoder = pool.submit(open_session, ort, folder / ENCODER, files, provider, threads, rests=True)
+            decoder = pool.submit(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
+        return cls(ort, encoder.result(), decoder.result(), manifest)
 
     def prefill(self, source_ids: Sequence[int] | npt.NDArray[np.int64]) -> Cross:
         """Encode a prompt of S tokens and project it to every decoder layer's cross-attention keys and values."""
         ids = np.asarray(source_ids, np.int64).reshape(1, -1)
-        shape = (1, self.dims.num_heads, ids.shape[1], self.dims.head_dim)
-        arrays = tuple(np.empty(shape, np.float32) for _ in self._cross)
+        cross = Cross.empty(self.dims, ids.shape[1])
         binding = self._encoder.io_binding()
         binding.bind_ortvalue_input(INPUT_IDS, self._value(ids))
-        for name, array in zip(self._cross, arrays, strict=True):
+        for name, array in zip(self._cross, cross.arrays, strict=True):
             binding.bind_ortvalue_output(name, self._value(array))
         options = self._ort.RunOptions()
         # The scratch memory of a long prompt (heads * S * S floats and more) goes back before decoding starts.
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         _run(self._encoder, binding, options)
-        return Cross(arrays)
+        return cross
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
         """An empty cache for `rows` samples of at most `capacity` tokens; `candidates` is how many logits are ranked."""

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from ramekin import Engine, SamplingParams
+from ramekin.errors import FormatVersionError
 from ramekin.golden import check
 from ramekin.manifest import FileRecord, Manifest
 from ramekin_export import pipeline, writer
@@ -56,6 +57,17 @@ def test_an_existing_folder_is_replaced_only_by_force(checkpoint: Callable[[str]
     export(source, out, "int8", force=True)
     assert Manifest.load(out).precision == "int8"
     assert names(tmp_path) == ["model"]
+
+
+def test_force_replaces_a_model_of_an_older_format(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    export(str(checkpoint("flan")), out, "fp32")
+    raw = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**raw, "format_version": 1, "dims": None}))
+    with pytest.raises(FormatVersionError, match="export the model again"):
+        Engine.load(out)
+    export(str(checkpoint("flan")), out, "fp32", force=True)
+    assert Engine.load(out)
 
 
 def test_force_replaces_nothing_but_models(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
