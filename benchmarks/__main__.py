@@ -15,6 +15,7 @@ from ramekin.session import usable_cores
 
 _ROOT = Path(__file__).parents[1]
 _DEMO = _ROOT / "examples" / "checkpoint"
+_BEGIN, _END = "<!-- speed: made by python -m benchmarks report -->", "<!-- speed: end -->"
 _RESULTS = _ROOT / "benchmarks" / "results" / "speed"
 
 
@@ -87,16 +88,25 @@ def run(
 @cli.command()
 @click.argument("results", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="A folder for plots.  [default: none]")
-def report(results: Path, plots: Path | None) -> None:
+@click.option(
+    "--readme", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Renew the table in this file too."
+)
+def report(results: Path, plots: Path | None, readme: Path | None) -> None:
     """The page of a RESULTS file, on stdout.
 
     \b
     Example:
       python -m benchmarks report benchmarks/results/speed/flan-t5-large.jsonl --plots docs/plots > docs/speed.md
     """
-    from benchmarks.speed_page import page
+    from benchmarks.speed_page import page, summary
 
     click.echo(page(results, plots), nl=False)
+    if readme:
+        text = readme.read_text("utf-8")
+        if text.count(_BEGIN) != 1 or text.count(_END) != 1:
+            raise click.UsageError(f"{readme}: has no place for a table (between {_BEGIN} and {_END})")
+        before, after = text.partition(_BEGIN)[0], text.partition(_END)[2]
+        readme.write_text(f"{before}{_BEGIN}\n{summary(results)}{_END}{after}", "utf-8")
 
 
 def _random(work: Path, shape: str) -> Path:

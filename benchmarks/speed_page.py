@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.engines import ENGINES, LEVERS
+from benchmarks.goals import section as goals
 from benchmarks.jobs import JOBS, QUICK
 from benchmarks.speed import good_runs, read
 
@@ -30,7 +31,8 @@ def page(results: Path, plots: Path | None = None) -> str:
     """The page.
 
     Args:
-        results: what `run` wrote; beside it, with `-levers` in the name, what `run --levers` wrote, if it did.
+        results: what `run` wrote; beside it, if they are there, with `-levers` in the name what `run --levers` wrote, and with
+            `-own` what `ramekin bench --json` told of prompts of several lengths.
         plots: a folder for the plots; None: none.
     """
     rows = read(results)
@@ -43,6 +45,9 @@ def page(results: Path, plots: Path | None = None) -> str:
     if plots:
         _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
         parts.append(f"![Job time by engine]({plots.name}/{results.stem}-jobs.svg)\n")
+    own = read(results.with_name(f"{results.stem}-own.jsonl"))
+    if any(job.startswith("900 n=") for job in jobs):
+        parts.append(goals(found, own))
     parts += [_job(job, [(engine, found[job, engine]) for engine in engines if (job, engine) in found]) for job in jobs]
     if levers:
         parts.append(_levers(levers))
@@ -93,6 +98,37 @@ def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
             f"| {np.median([run['peak_mb'] for run in runs]):,.0f} MB |"
         )
     return "\n".join(lines) + "\n"
+
+
+def summary(results: Path) -> str:
+    """The README's table: job time of each engine on each job after 900 tokens."""
+    rows = read(results)
+    found, machine = good_runs(rows), rows[0]["machine"]
+    engines = [engine for engine in ENGINES if ("900 n=16", engine) in found]
+    jobs = {
+        "900 n=16": "16 x 100 tokens",
+        "900 n=16 natural": "16 of natural lengths",
+        "900 n=4": "4 x 100",
+        "900 n=1": "1 x 100",
+    }
+    lines = [
+        f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['extensions'])}), {rows[0]['threads']} threads, "
+        f"random weights of {rows[0]['model']}'s shape, 900 tokens in; medians of {min(len(found[each]) for each in found)} or more "
+        "runs, each in a fresh process, engines in turn:\n",
+        f"| | {' | '.join(jobs.values())} | first token, n=16 | peak memory, n=16 |",
+        "|---" * (len(jobs) + 3) + "|",
+    ]
+    for engine in sorted(engines, key=lambda each: _job_s(found["900 n=16", each])):
+        cells = [_cell(found[job, engine]) if (job, engine) in found else "" for job in jobs]
+        runs = found["900 n=16", engine]
+        first = np.median([run["requests"][0][0] for run in runs])
+        peak = np.median([run["peak_mb"] for run in runs])
+        lines.append(f"| {engine} | {' | '.join(cells)} | {_seconds(first)} | {peak:,.0f} MB |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(runs: Rows) -> str:
+    return f"{'~' if any(run['cut'] for run in runs) else ''}{_seconds(_job_s(runs))} ± {_spread(runs):.0%}"
 
 
 def _seconds(value: float) -> str:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-
 EXTRAPOLATED_FROM = 10  # steps: a job that is cut has done so many and one more, be its first one ever so long
 
 

@@ -1,0 +1,148 @@
+"""What issue D asks for, and what was reached: a section of `docs/speed.md`, from the results of `speed.py` and `ramekin bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Runs = Sequence[Mapping[str, Any]]
+Found = Mapping[tuple[str, str], Runs]
+_BASELINE = "bitsandbytes fp4"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One line of the table.
+
+    Attributes:
+        name: what is compared.
+        goal, floor: what it should be, and the least that counts.
+        unit: what stands behind the numbers; "x" means "times as fast", and more is better. Of all else less is better.
+        reached: the figure; None if it was not measured.
+        by: which of our precisions reached it, and next to whom.
+        of_the_ceiling: the share of what the machine could do, if that was measured.
+    """
+
+    name: str
+    goal: float
+    floor: float
+    unit: str
+    reached: float | None
+    by: str = ""
+    of_the_ceiling: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Goal, floor or neither."""
+        if self.reached is None:
+            return "not measured"
+        more = self.unit == "x"
+        for word, bound in (("goal", self.goal), ("floor", self.floor)):
+            if self.reached >= bound if more else self.reached <= bound:
+                return word
+        return "**below the floor**"
+
+    def line(self) -> str:
+        """The row in Markdown."""
+        sign = "at least" if self.unit == "x" else "at most"
+        share = "" if self.of_the_ceiling is None else f"{self.of_the_ceiling:.0%}"
+        reached = "" if self.reached is None else self._show(self.reached)
+        bounds = f"{sign} {self._show(self.goal)} | {sign} {self._show(self.floor)}"
+        return f"| {self.name} | {bounds} | {reached} | {self.verdict} | {self.by} | {share} |"
+
+    def _show(self, value: float) -> str:
+        if self.unit == "%":
+            return f"{value:.1%}"
+        return f"{value:.2f} {self.unit}"
+
+
+def section(found: Found, own: Sequence[Mapping[str, Any]]) -> str:
+    """The section.
+
+    Args:
+        found: the runs by job and engine.
+        own: what `ramekin bench --json` told, one object for each length of the prompt.
+    """
+    lines = [
+        "## Goals\n",
+        'The best of our precisions for each line; "peer" is the fastest of all others in that line. The last column is the share of what '
+        "this machine could do, by `ramekin bench`: reading the weights, or multiplying, whichever takes longer.\n",
+        "| | goal | floor | reached | | by | of the ceiling |",
+        "|---|---|---|---|---|---|---|",
+        *(goal.line() for goal in _goals(found, own)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _goals(found: Found, own: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
+    by_source = {each["jobs"][0]["source"]: {job["n"]: job for job in each["jobs"]} for each in own}
+    shares = {n: job["of_the_ceiling"] for n, job in by_source.get(900, {}).items()}
+    for name, job, goal, floor, n in (
+        ("16 samples of 100 tokens, next to the fastest peer", "900 n=16", 4.0, 2.5, 16),
+        ("4 samples", "900 n=4", 2.5, 1.5, 4),
+        ("1 sample", "900 n=1", 2.0, 1.5, 1),
+        ("16 samples of natural lengths", "900 n=16 natural", 5.0, 3.0, None),
+    ):
+        yield Goal(name, goal, floor, "x", *_ratio(found, job, _job), shares.get(n))
+    yield Goal(
+        "16 samples, next to bitsandbytes fp4",
+        25.0,
+        13.0,
+        "x",
+        *_ratio(found, "900 n=16", _job, (_BASELINE,)),
+        shares.get(16),
+    )
+    yield Goal("first token of 1 sample, next to the fastest peer", 1.3, 1.0, "x", *_ratio(found, "900 n=1", _first))
+    yield Goal("first token of 16 samples", 4.0, 3.0, "x", *_ratio(found, "900 n=16", _first))
+    yield Goal("peak memory with 16 samples", 1.1, 1.5, "GB", *_least(found, "900 n=16", lambda run: run["peak_mb"] / 1e3))
+    yield Goal(
+        "cold start to first token, without the encoder's time",
+        0.6,
+        1.2,
+        "s",
+        *_least(found, "900 n=1", lambda run: run["cold_start_s"] - _first(run)),
+    )
+    python = [job["python_share"] for jobs in by_source.values() for job in jobs.values()]
+    yield Goal("Python's share of a step, the largest of all jobs", 0.03, 0.06, "%", max(python, default=None))
+    jobs = by_source.get(900, {})
+    both = {1, 16} <= jobs.keys()
+    yield Goal("16 samples, next to 1 (job time)", 3.0, 4.0, "times", jobs[16]["job_s"] / jobs[1]["job_s"] if both else None)
+    halves = {256, 512} <= by_source.keys()
+    growth = by_source[512][1]["first_token_s"] / by_source[256][1]["first_token_s"] if halves else None
+    yield Goal("prompt of 512 tokens, next to 256 (first token)", 2.0, 2.2, "times", growth)
+
+
+def _job(run: Mapping[str, Any]) -> float:
+    return float(run["job_s"])
+
+
+def _first(run: Mapping[str, Any]) -> float:
+    return float(run["requests"][0][0])
+
+
+Figure = Callable[[Mapping[str, Any]], float]
+
+
+def _medians(found: Found, job: str, figure: Figure) -> dict[str, float]:
+    return {engine: float(np.median([figure(run) for run in runs])) for (each, engine), runs in found.items() if each == job}
+
+
+def _ratio(found: Found, job: str, figure: Figure, peers: Sequence[str] = ()) -> tuple[float | None, str]:
+    """How many times as fast our fastest is as the fastest peer, or the fastest of `peers`; and which two these are."""
+    medians = _medians(found, job, figure)
+    ours = {engine: value for engine, value in medians.items() if engine.startswith("ramekin")}
+    others = {engine: value for engine, value in medians.items() if engine in (peers or medians.keys() - ours.keys())}
+    if not ours or not others:
+        return None, ""
+    best, peer = min(ours, key=lambda name: ours[name]), min(others, key=lambda name: others[name])
+    return others[peer] / ours[best], f"{best}, {peer}"
+
+
+def _least(found: Found, job: str, figure: Figure) -> tuple[float | None, str]:
+    """Our least figure, and which precision has it."""
+    ours = {engine: value for engine, value in _medians(found, job, figure).items() if engine.startswith("ramekin")}
+    best = min(ours, key=lambda name: ours[name], default=None)
+    return (None, "") if best is None else (ours[best], best)
