@@ -71,9 +71,9 @@ _HF = ("torch", "transformers")
 _HF_T5 = (*_HF, "transformers.models.t5.modeling_t5")
 
 
-def _ours(precision: str) -> Entry:
+def _ours(precision: str, folder: str = "") -> Entry:
     packages = ("ramekin", "onnxruntime")
-    return Entry("ours", {"precision": precision}, packages, packages, f"ramekin-{precision}")
+    return Entry("ours", {"precision": precision}, packages, packages, folder or f"ramekin-{precision}")
 
 
 def _optimum(int8: bool, folder: str) -> Entry:
@@ -95,6 +95,7 @@ ENGINES: dict[str, Entry] = {
     "ramekin int4": _ours("int4"),
     "ramekin int8": _ours("int8"),
     "ramekin fp32": _ours("fp32"),
+    "ramekin, optimum's fp32 graphs": _ours("optimum", "optimum-fp32"),
     "OpenVINO int8": Entry(
         "hf",
         {"kind": "openvino"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ class HuggingFace:
 
         if not self._int8:
             ORTModelForSeq2SeqLM.from_pretrained(checkpoint, export=True).save_pretrained(folder)
+            shutil.copy(checkpoint / "spiece.model", folder)
             return
         settings = AutoQuantizationConfig.avx512_vnni(is_static=False, per_channel=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -17,13 +17,18 @@ _CERTAIN = np.float32(1e4)
 
 
 class Ours:
-    """A model folder of `ramekin export`."""
+    """A model folder of `ramekin export`, or of optimum's exporter."""
 
     def __init__(self, precision: str) -> None:
         self._precision = precision
         self._engine: ramekin.Engine | None = None
 
     def prepare(self, checkpoint: Path, folder: Path) -> None:
+        if self._precision == "optimum":
+            from benchmarks.engines.hf import make as theirs
+
+            theirs(kind="optimum").prepare(checkpoint, folder)
+            return
         from ramekin_export.pipeline import export
         from ramekin_export.verify import Checks
 
@@ -92,5 +97,5 @@ class _Ending:
 
 
 def make(precision: str) -> Ours:
-    """One precision."""
+    """One precision, or "optimum" for its fp32 graphs."""
     return Ours(precision)

@@ -1,8 +1,10 @@
-"""A checkpoint as `save_pretrained` writes it: a folder or a Hub id, its weights read one at a time, without torch."""
+"""A checkpoint as `save_pretrained` writes it: a folder or a Hub id, its weights read one at a time, without torch.
+
+A folder of optimum's float32 export is one too: its graphs hold the same weights.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,8 +16,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ramekin.cache import Floats
+from ramekin.config_files import read_json
 from ramekin.errors import CheckpointError
 from ramekin.manifest import FileRecord
+from ramekin.optimum_folder import OptimumFolder
+from ramekin_export.traced import read_traced
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
@@ -104,6 +109,9 @@ def _open_weights(folder: Path) -> tuple[dict[str, Reader], dict[str, str]]:
         else:
             continue
         return readers, {file: FileRecord.of(folder / file).sha256 for file in sorted(files)}
+    found = OptimumFolder.find(folder)
+    if found:
+        return read_traced(found), {path.name: FileRecord.of(path).sha256 for path in found.graphs}
     raise CheckpointError(f"{folder}: no model.safetensors and no pytorch_model.bin (nor an index of shards)")
 
 
@@ -178,20 +186,3 @@ def _wanted(names: Iterable[str]) -> list[str]:
         if weights:
             return sorted(wanted | weights)
     return sorted(wanted)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is missing or holds something else.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: not a checkpoint: it has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return raw

@@ -12,7 +12,9 @@ from typing import Any
 import click
 
 from ramekin.cli import questions
-from ramekin.manifest import DEFAULT_PROMPT
+from ramekin.errors import RamekinError
+from ramekin.manifest import DEFAULT_PROMPT, Manifest
+from ramekin.options import Command
 from ramekin.paper import check_prompt
 from ramekin.quality import table
 from ramekin.terminal import is_terminal
@@ -20,6 +22,7 @@ from ramekin_export.pipeline import Progress
 from ramekin_export.pipeline import export as run_export
 from ramekin_export.recipe import RECIPES
 from ramekin_export.verify import Checks, against
+from ramekin_export.via_optimum import export_via_optimum
 
 _PAPERS = click.Path(path_type=Path, exists=True, dir_okay=False)
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -41,22 +44,49 @@ def progress_bars() -> Iterator[Progress]:
         yield advance if is_terminal(sys.stderr) else lambda _stage, _done, _total: None
 
 
+def export_options(command: Command) -> Command:
+    """What `export` and `convert` have in common."""
+    for option in reversed(
+        [
+            click.option("--precision", type=click.Choice(list(RECIPES)), default="int8", show_default=True),
+            click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]"),
+            click.option("--force", is_flag=True, help="Replace OUT if it is there."),
+            click.option(
+                "--calibrate", type=_PAPERS, help="Up to 32 papers to round int4 weights for.  [default: an invented one]"
+            ),
+            click.option(
+                "--papers", type=_PAPERS, help="Up to 32 papers to judge the model on.  [default: another invented one]"
+            ),
+            click.option(
+                "--verify/--no-verify",
+                default=True,
+                help="Compare with float32: minutes for a large model.  [default: yes]",
+            ),
+            click.option("--allow-quality-loss", is_flag=True, help="Keep a model that is too far from float32."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 @click.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--precision", type=click.Choice(list(RECIPES)), default="int8", show_default=True)
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
-@click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]")
-@click.option("--force", is_flag=True, help="Replace OUT if it is there.")
-@click.option("--calibrate", type=_PAPERS, help="Up to 32 papers to round int4 weights for.  [default: an invented one]")
-@click.option("--papers", type=_PAPERS, help="Up to 32 papers to judge the model on.  [default: another invented one]")
-@click.option("--verify/--no-verify", default=True, help="Compare with float32: minutes for a large model.  [default: yes]")
-@click.option("--allow-quality-loss", is_flag=True, help="Keep a model that is too far from float32.")
+@click.option(
+    "--via",
+    type=click.Choice(["ramekin", "optimum"]),
+    default="ramekin",
+    show_default=True,
+    help="Whose graphs: ours, or those that optimum traces (slower ones, fp32 or int8; needs ramekin[cpu,reference]).",
+)
+@export_options
 def export(
     source: str,
     out: Path,
-    precision: str,
     revision: str | None,
+    via: str,
+    precision: str,
     prompt: str,
     force: bool,
     **checks: Any,
@@ -72,14 +102,51 @@ def export(
       ramekin export ./my-finetuned-t5 model --precision int4 --calibrate papers.jsonl
       ramekin export UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation model --precision int4
     """
+    _check_prompt(prompt)
+    if via == "ramekin":
+        with progress_bars() as advance:
+            manifest = run_export(source, out, precision, revision, force, prompt, Checks(**checks), advance)
+    else:
+        try:
+            manifest = export_via_optimum(source, out, precision, revision, force, prompt)
+        except ImportError as error:
+            raise click.ClickException(f"--via optimum needs {error.name}: pip install 'ramekin[cpu,reference]'") from None
+        except ValueError as error:
+            if isinstance(error, RamekinError):
+                raise
+            raise click.UsageError(str(error)) from None
+    _tell(out, manifest)
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("out", type=click.Path(path_type=Path))
+@export_options
+def convert(folder: Path, out: Path, precision: str, prompt: str, force: bool, **checks: Any) -> None:
+    """Turn optimum's float32 export in FOLDER into a model folder of ours, where the checkpoint is gone.
+
+    The graphs are ours; the weights are those in optimum's graphs. See `ramekin export` for the rest.
+
+    \b
+    Example:
+      ramekin convert ./my-t5-onnx model --precision int4
+    """
+    _check_prompt(prompt)
+    with progress_bars() as advance:
+        manifest = run_export(str(folder), out, precision, None, force, prompt, Checks(**checks), advance)
+    _tell(out, manifest)
+
+
+def _check_prompt(prompt: str) -> None:
     try:
         check_prompt(prompt)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    with progress_bars() as advance:
-        manifest = run_export(source, out, precision, revision, force, prompt, Checks(**checks), advance)
+
+
+def _tell(out: Path, manifest: Manifest) -> None:
     size = sum(record.bytes for record in manifest.files.values())
-    click.echo(f"{out}: {manifest.variant}, {precision}, {size / 1e6:,.1f} MB", err=True)
+    click.echo(f"{out}: {manifest.variant}, {manifest.precision}, {size / 1e6:,.1f} MB", err=True)
     for line in table(manifest.quality):
         click.echo(line, err=True)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from ramekin.errors import CheckpointError, ModelFormatError
+from ramekin.config_files import read_json, special_tokens
+from ramekin.errors import CheckpointError
 from ramekin.manifest import DEFAULT_PROMPT, SpecialTokens
 from ramekin.tokenizer import Tokenizer
-from ramekin_export.checkpoint import read_json
 
-_SENTINELS = 100
 _PROBES = (
     DEFAULT_PROMPT,
     "",
@@ -60,58 +59,10 @@ def _write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[
         pieces.LoadFromSerializedProto(out.read_bytes())
     except RuntimeError:
         raise CheckpointError(f"{folder}/spiece.model: not a SentencePiece model") from None
-    tokens = _special_tokens(folder, raw, generation, pieces)
+    tokens = special_tokens(folder, raw, generation, pieces)
     if rebuilt:
         _check_against_tokenizers(folder, Tokenizer(pieces, tokens))
     return tokens
-
-
-def _special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], pieces: Any) -> SpecialTokens:
-    vocab = raw.get("vocab_size", 32128)
-    if pieces.get_piece_size() > vocab:
-        raise CheckpointError(f"{folder}: the tokenizer has {pieces.get_piece_size()} pieces, but the model {vocab} tokens")
-
-    def either(name: str, default: Any) -> Any:
-        value = generation.get(name, raw.get(name))
-        return default if value is None else value
-
-    pad, eos = either("pad_token_id", 0), either("eos_token_id", 1)
-    eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    named, silent = {}, []
-    for text, i, special in _added_tokens(folder, raw, pieces):
-        if 0 <= i < vocab and text:
-            named[text] = i
-            if special:
-                silent.append(i)
-    try:
-        return SpecialTokens(
-            start=either("decoder_start_token_id", pad), pad=pad, eos=eos, named=named, silent=tuple(silent)
-        )
-    except ModelFormatError as error:
-        raise CheckpointError(f"{folder}: config.json: {error}") from None
-
-
-def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator[tuple[str, int, bool]]:
-    """Texts that stand for one id each, and whether they are left out of decoded text.
-
-    From `tokenizer.json`, `tokenizer_config.json`, or by T5's own rule.
-    """
-    for i in (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()):
-        if i >= 0:
-            yield pieces.id_to_piece(i), i, True
-    settings = _read_if_there(folder / "tokenizer_config.json")
-    added = _read_if_there(folder / "tokenizer.json").get("added_tokens")
-    if added is None and settings.get("added_tokens_decoder"):
-        added = [{**each, "id": int(i)} for i, each in settings["added_tokens_decoder"].items()]
-    if added:
-        for each in added:
-            if each.get("single_word"):
-                raise CheckpointError(f"{folder}: added token {each.get('content')!r} is a single_word token: not supported")
-            yield str(each["content"]), int(each["id"]), bool(each.get("special"))
-        return
-    count = int(settings.get("extra_ids", 0 if raw.get("model_type") == "mt5" else _SENTINELS))
-    for i in range(count):
-        yield f"<extra_id_{i}>", pieces.get_piece_size() + count - 1 - i, True
 
 
 def _spiece_of(raw: Mapping[str, Any], folder: Path) -> bytes:
@@ -167,7 +118,3 @@ def _check_against_tokenizers(folder: Path, ours: Tokenizer) -> None:
                 f"{folder}/tokenizer.json: no SentencePiece model agrees with it ({text!r} gives {found}, not {expected}); "
                 "put the spiece.model of the base model into the folder"
             )
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}

@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ramekin
-from ramekin.errors import CheckpointError
+from ramekin.config_files import generation_defaults
 from ramekin.manifest import DECODER, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest
-from ramekin.sampling import SamplingParams
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
 from ramekin_export.decoder import build_decoder
@@ -21,16 +19,6 @@ from ramekin_export.head import Head
 from ramekin_export.recipe import Recipe
 from ramekin_export.vocabulary import write_vocabulary
 
-_GENERATION = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-)
 Progress = Callable[[int, int], None]
 """Told how much was done since the last call, and how much there is."""
 
@@ -59,9 +47,9 @@ class Writer:
             recipe=recipe.describe(),
             files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},
             prompt=self._prompt,
-            generation=_generation_defaults(checkpoint.generation),
+            generation=generation_defaults(checkpoint.generation),
             source=checkpoint.source,
-            tools=_tools(),
+            tools=tools(),
             opset=OPSET,
         )
         save(folder, manifest)
@@ -101,23 +89,8 @@ def _parameters(config: T5Config) -> int:
     return 2 * dims.vocab_size * dims.d_model + layers
 
 
-def _generation_defaults(generation: dict[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that a `generation_config.json` sets; all else in it is left to the caller.
-
-    Raises:
-        CheckpointError: one is out of its range, and the checkpoint is meant for sampling.
-    """
-    values = {name: generation[name] for name in _GENERATION if generation.get(name) is not None}
-    try:
-        SamplingParams(**values)
-    except (TypeError, ValueError) as error:
-        if generation.get("do_sample"):
-            raise CheckpointError(f"generation_config.json: {error}") from None
-        return {}  # greedy checkpoints carry values such as temperature 0 that mean nothing
-    return values
-
-
-def _tools() -> dict[str, str]:
-    names = ("numpy", "onnx", "safetensors", "sentencepiece", "onnxruntime")
+def tools(*others: str) -> dict[str, str]:
+    """Versions of what an export is made with, `others` included."""
+    names = ("numpy", "onnx", "safetensors", "sentencepiece", "onnxruntime", *others)
     installed = {each.metadata["Name"].lower() for each in importlib.metadata.distributions() if each.metadata["Name"]}
     return {"ramekin": ramekin.__version__, **{n: importlib.metadata.version(n) for n in names if n in installed}}

@@ -61,7 +61,7 @@ class Work:
         weights += dims.decoder_layers * 2 * dims.d_model * inner
         attention = dims.encoder_layers * 4 * self.source**2 * inner
         computing = 2 * weights * self.source / self._rate(ceiling) + attention / ceiling.float32
-        return max(computing, self.manifest.files["encoder.bin"].bytes / ceiling.bandwidth)
+        return max(computing, _bytes(self.manifest, "encoder") / ceiling.bandwidth)
 
     def step_s(self, ceiling: Ceiling) -> float:
         """Seconds for a step in the middle of the job."""
@@ -70,7 +70,7 @@ class Work:
         attention = dims.decoder_layers * 4 * (self.source + position) * inner
         computing = self.n * (2 * weights / self._rate(ceiling) + attention / ceiling.float32)
         cached = 2 * dims.decoder_layers * inner * 4 * (self.source + self.n * position)
-        return max(computing, (self.manifest.files["decoder.bin"].bytes + cached) / ceiling.bandwidth)
+        return max(computing, (_bytes(self.manifest, "decoder") + cached) / ceiling.bandwidth)
 
     def job_s(self, ceiling: Ceiling) -> float:
         """Seconds for the whole job."""
@@ -81,6 +81,15 @@ class Work:
 
     def _rate(self, ceiling: Ceiling) -> float:
         return ceiling.float32 if self.manifest.precision == "fp32" else ceiling.int8
+
+
+def _bytes(manifest: Manifest, part: str) -> int:
+    """What the weights take that a prompt (encoder) or a step (decoder) reads."""
+    if manifest.layout == "ramekin":
+        return manifest.files[f"{part}.bin"].bytes
+    later = [name for name in manifest.files if name.startswith(f"{part}_with_past")]
+    names = later or [name for name in manifest.files if name.startswith(f"{part}_")]
+    return sum(manifest.files[name].bytes for name in names)
 
 
 def _inner(dims: Dims) -> int:

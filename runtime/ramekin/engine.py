@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from ramekin.cache import Floats
 from ramekin.errors import ModelFormatError
-from ramekin.manifest import MANIFEST, TOKENIZER, Manifest
-from ramekin.model import Model
+from ramekin.manifest import MANIFEST, TOKENIZER, Manifest, VersionRange
+from ramekin.model import Model, Steps
+from ramekin.optimum_folder import OptimumFolder
+from ramekin.optimum_model import OptimumModel
 from ramekin.paper import check_prompt
 from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
-from ramekin.session import MOST_THREADS, PROVIDERS, usable_cores
+from ramekin.session import MOST_THREADS, PROVIDERS, onnxruntime, usable_cores
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
 
 FinishReason = Literal["eos", "length", "stop"]
@@ -82,7 +84,7 @@ class _Sample:
 class Engine:
     """A model folder, ready to generate."""
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, manifest: Manifest) -> None:
+    def __init__(self, model: Steps, tokenizer: Tokenizer, manifest: Manifest) -> None:
         self.model, self.tokenizer, self.manifest = model, tokenizer, manifest
 
     @classmethod
@@ -93,9 +95,10 @@ class Engine:
         threads: int | None = None,
         max_source_tokens: int | None = None,
     ) -> Engine:
-        """Open a model folder that `ramekin export` wrote.
+        """Open a model folder that `ramekin export` wrote, or one of optimum's exporter.
 
-        Files up to 32 MB are checked against their SHA-256, larger ones by their size; `ramekin verify` checks all.
+        Of the former, files up to 32 MB are checked against their SHA-256, larger ones by their size; `ramekin verify`
+        checks all.
 
         Args:
             folder: the model folder.
@@ -115,9 +118,8 @@ class Engine:
             raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {threads}")
         if max_source_tokens is not None and max_source_tokens < 1:
             raise ValueError(f"max_source_tokens must be at least 1, not {max_source_tokens}")
-        folder = Path(folder)
-        manifest = Manifest.load(folder)
-        manifest.check_files(folder)
+        folder, count = Path(folder), threads or usable_cores()
+        model, manifest = _open(folder, provider, count)
         if max_source_tokens is not None:
             manifest = replace(manifest, max_source_tokens=max_source_tokens)
         tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
@@ -128,7 +130,7 @@ class Engine:
             SamplingParams(**SamplingParams.known(manifest.generation))
         except (TypeError, ValueError) as error:
             raise ModelFormatError(f"{folder / MANIFEST}: {error}; export the model again") from None
-        return cls(Model.load(folder, manifest, provider, threads or usable_cores()), tokenizer, manifest)
+        return cls(model or Model.load(folder, manifest, provider, count), tokenizer, manifest)
 
     def params(self, **values: Any) -> SamplingParams:
         """Sampling parameters: these values, where not given those of the model, where it has none the usual ones."""
@@ -213,6 +215,20 @@ class Engine:
         if array.min() < 0 or array.max() >= self.manifest.dims.vocab_size:
             raise ValueError(f"token ids must be from 0 to {self.manifest.dims.vocab_size - 1}")
         return array.astype(np.int64)
+
+
+def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Manifest]:
+    """The manifest of a folder and, if its graphs are optimum's, the model. One without manifest may be optimum's own."""
+    whole = (folder / MANIFEST).is_file()
+    found = None if whole else OptimumFolder.find(folder)
+    if not found:
+        manifest = Manifest.load(folder)
+        manifest.check_files(folder)
+        found = OptimumFolder.find(folder) if manifest.layout == "optimum" else None
+        if not found:
+            return None, manifest
+    model = OptimumModel.load(onnxruntime(VersionRange()), found, provider, threads)
+    return model, manifest if whole else found.manifest(model.dims, model.precision, model.shares_prompt)
 
 
 def _advance(

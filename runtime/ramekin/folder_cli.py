@@ -10,9 +10,17 @@ import click
 
 from ramekin import golden
 from ramekin.engine import Engine
-from ramekin.manifest import Manifest
+from ramekin.manifest import MANIFEST, Manifest
+from ramekin.optimum_folder import OptimumFolder
 from ramekin.options import threads_option
 from ramekin.quality import check, table
+
+
+def manifest_of(folder: Path) -> Manifest:
+    """The manifest of a folder; one of optimum's is opened to make it."""
+    if (folder / MANIFEST).is_file() or not OptimumFolder.find(folder):
+        return Manifest.load(folder)
+    return Engine.load(folder).manifest
 
 
 @click.command()
@@ -20,7 +28,7 @@ from ramekin.quality import check, table
 @click.option("--json", "as_json", is_flag=True, help="The manifest as it is.")
 def info(model: Path, as_json: bool) -> None:
     """Tell what a MODEL folder holds and where it came from."""
-    manifest = Manifest.load(model)
+    manifest = manifest_of(model)
     if as_json:
         click.echo(manifest.to_json(), nl=False)
         return

@@ -154,13 +154,18 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything that the runtime knows of a model besides its graphs. Written once by the export, never changed."""
+    """Everything that the runtime knows of a model besides its graphs. Written once by the export, never changed.
+
+    Attributes:
+        layout: whose graphs they are: "ramekin", as described above, or "optimum", as its exporter names them.
+    """
 
     dims: Dims
     tokens: SpecialTokens
     precision: str
     recipe: Mapping[str, Any]
     files: Mapping[str, FileRecord]
+    layout: str = "ramekin"
     variant: str = "t5"
     prompt: str = DEFAULT_PROMPT
     max_source_tokens: int = 1024
@@ -184,7 +189,10 @@ class Manifest:
                 raise ModelFormatError(f"{name} must be an object, not {getattr(self, name)!r}")
         if max(self.tokens.ids) >= self.dims.vocab_size:
             raise ModelFormatError(f"token {max(self.tokens.ids)} lies outside the vocabulary of {self.dims.vocab_size}")
-        missing = {ENCODER, DECODER, TOKENIZER} - set(self.files)
+        needed = {"ramekin": {ENCODER, DECODER, TOKENIZER}, "optimum": {TOKENIZER}}
+        if self.layout not in needed:
+            raise ModelFormatError(f"layout must be one of {', '.join(needed)}, not {self.layout!r}")
+        missing = needed[self.layout] - set(self.files)
         if missing:
             raise ModelFormatError(f"files must list {', '.join(sorted(missing))}")
         for name in self.files:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from ramekin.manifest import (
     TOP_IDS,
     TOP_K,
     TOP_VALUES,
+    Dims,
     Manifest,
     cross_names,
     cross_shapes,
@@ -48,6 +49,21 @@ class Logits:
     full: Floats
     top_values: Floats
     top_ids: npt.NDArray[np.int64]
+
+
+class Steps(Protocol):
+    """What the loop asks of a model: `prefill` a prompt, then `step` through a cache that `new_cache` made."""
+
+    dims: Dims
+
+    def prefill(self, source_ids: Sequence[int] | npt.NDArray[np.int64]) -> Any:
+        """Encode a prompt."""
+
+    def new_cache(self, cross: Any, rows: int, capacity: int, candidates: int) -> Any:
+        """An empty cache, with `length` and `keep` as those of `Cache`."""
+
+    def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: Any) -> Logits:
+        """Feed one token to each sample."""
 
 
 class Model:

@@ -9,6 +9,7 @@ Source: protobuf's encoding (protobuf.dev/programming-guides/encoding) and the f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from mmap import mmap
 
 # Where tensors can hide: message -> {field number: message of that field}. TensorProto field 13 is external_data.
 _CHILDREN: dict[str, dict[int, str]] = {
@@ -24,7 +25,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
 _MAX_DEPTH = 50
 
 
-def external_locations(model: bytes) -> frozenset[str]:
+def external_locations(model: bytes | mmap) -> frozenset[str]:
     """Every `location` of external data in a serialized ModelProto.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def _cgroup_folders(proc: Path, cgroup: Path) -> list[Path]:
     return folders
 
 
-def open_session(ort: Any, path: Path, files: frozenset[str], provider: str, threads: int, rests: bool) -> Any:
+def open_session(
+    ort: Any, path: Path, files: frozenset[str], provider: str, threads: int, rests: bool, fuse: bool = False
+) -> Any:
     """Open one graph of a model folder.
 
     Each session has threads of its own. A pool for the whole process would spare a few, but once one exists, every
@@ -83,12 +86,13 @@ def open_session(ort: Any, path: Path, files: frozenset[str], provider: str, thr
         provider: a key of `PROVIDERS`.
         threads: how many threads compute, at least 1.
         rests: let the threads sleep as soon as a run ends, since another session runs next.
+        fuse: let onnxruntime fuse operators; ours are fused already, and looking for more only takes time.
 
     Raises:
         ModelFormatError: the file is not a graph that onnxruntime can load, or asks for files outside the folder.
     """
     try:
-        strangers = external_locations(path.read_bytes()) - files
+        strangers = external_locations(_mapped(path)) - files
     except ValueError as error:
         raise ModelFormatError(f"{path}: not an ONNX file ({error}); export the model again") from None
     if strangers:
@@ -96,7 +100,8 @@ def open_session(ort: Any, path: Path, files: frozenset[str], provider: str, thr
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fuse else levels.ORT_ENABLE_BASIC
     if rests:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
@@ -104,6 +109,12 @@ def open_session(ort: Any, path: Path, files: frozenset[str], provider: str, thr
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         reason = " ".join(str(error).split())
         raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason[:300]}") from error
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file's bytes without reading them all: other exporters leave gigabytes of weights in it."""
+    with path.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _create(ort: Any, path: Path, options: Any, provider: str) -> Any:

@@ -28,7 +28,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, An
     return {job["n"]: job for job in json.loads(result.stdout)["jobs"]}
 
 
-@pytest.mark.parametrize(("n", "least"), [(1, 0.1), (16, 0.1)])
+@pytest.mark.parametrize(("n", "least"), [(1, 0.2), (16, 0.12)])
 def test_share_of_what_the_machine_can_do(n: int, least: float, measured: dict[int, dict[str, Any]]) -> None:
     """The ceiling is measured right after the job: reading memory, and one large matrix product."""
     assert measured[n]["of_the_ceiling"] > least
@@ -36,7 +36,7 @@ def test_share_of_what_the_machine_can_do(n: int, least: float, measured: dict[i
 
 def test_more_samples_cost_less_than_their_number(measured: dict[int, dict[str, Any]]) -> None:
     """The prompt is encoded once, and its keys and values are shared."""
-    assert measured[16]["job_s"] < 8 * measured[1]["job_s"]
+    assert measured[16]["job_s"] < 6 * measured[1]["job_s"]
 
 
 def test_the_loop_is_not_the_bottleneck(measured: dict[int, dict[str, Any]]) -> None:

@@ -1,0 +1,122 @@
+"""What transformers writes beside a model's weights: configuration, generation defaults, added tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ramekin.errors import CheckpointError, ModelFormatError
+from ramekin.manifest import SpecialTokens
+from ramekin.sampling import SamplingParams
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+_SENTINELS = 100
+_SAMPLING = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent}: not a checkpoint: it has no {path.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return raw
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling parameters that a `generation_config.json` sets; all else in it is left to the caller.
+
+    Raises:
+        CheckpointError: one is out of its range, and the checkpoint is meant for sampling.
+    """
+    values = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    try:
+        SamplingParams(**values)
+    except (TypeError, ValueError) as error:
+        if generation.get("do_sample"):
+            raise CheckpointError(f"{GENERATION}: {error}") from None
+        return {}  # greedy checkpoints carry values such as temperature 0 that mean nothing
+    return values
+
+
+def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], pieces: Any) -> SpecialTokens:
+    """The ids with a meaning of their own.
+
+    Args:
+        folder: where the tokenizer's files lie.
+        raw: the `config.json`.
+        generation: the `generation_config.json`.
+        pieces: the SentencePiece model.
+
+    Raises:
+        CheckpointError: the files contradict each other, or are not as transformers writes them.
+    """
+    vocab = raw.get("vocab_size", 32128)
+    if pieces.get_piece_size() > vocab:
+        raise CheckpointError(f"{folder}: the tokenizer has {pieces.get_piece_size()} pieces, but the model {vocab} tokens")
+
+    def either(name: str, default: Any) -> Any:
+        value = generation.get(name, raw.get(name))
+        return default if value is None else value
+
+    pad, eos = either("pad_token_id", 0), either("eos_token_id", 1)
+    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    named, silent = {}, []
+    for text, i, special in _added_tokens(folder, raw, pieces):
+        if 0 <= i < vocab and text:
+            named[text] = i
+            if special:
+                silent.append(i)
+    try:
+        return SpecialTokens(
+            start=either("decoder_start_token_id", pad), pad=pad, eos=eos, named=named, silent=tuple(silent)
+        )
+    except ModelFormatError as error:
+        raise CheckpointError(f"{folder}: {CONFIG}: {error}") from None
+
+
+def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator[tuple[str, int, bool]]:
+    """Texts that stand for one id each, and whether they are left out of decoded text.
+
+    From `tokenizer.json`, `tokenizer_config.json`, or by T5's own rule.
+    """
+    for i in (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()):
+        if i >= 0:
+            yield pieces.id_to_piece(i), i, True
+    settings = read_if_there(folder / "tokenizer_config.json")
+    added = read_if_there(folder / "tokenizer.json").get("added_tokens")
+    if added is None and settings.get("added_tokens_decoder"):
+        added = [{**each, "id": int(i)} for i, each in settings["added_tokens_decoder"].items()]
+    if added:
+        for each in added:
+            if each.get("single_word"):
+                raise CheckpointError(f"{folder}: added token {each.get('content')!r} is a single_word token: not supported")
+            yield str(each["content"]), int(each["id"]), bool(each.get("special"))
+        return
+    count = int(settings.get("extra_ids", 0 if raw.get("model_type") == "mt5" else _SENTINELS))
+    for i in range(count):
+        yield f"<extra_id_{i}>", pieces.get_piece_size() + count - 1 - i, True
