@@ -46,7 +46,7 @@ def page(results: Path, plots: Path | None = None) -> str:
         _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
         parts.append(f"![Job time by engine]({plots.name}/{results.stem}-jobs.svg)\n")
     own = read(results.with_name(f"{results.stem}-own.jsonl"))
-    if any(job.startswith("900 n=") for job in jobs):
+    if own:
         parts.append(goals(found, own))
     parts += [_job(job, [(engine, found[job, engine]) for engine in engines if (job, engine) in found]) for job in jobs]
     if levers:

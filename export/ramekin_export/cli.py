@@ -107,6 +107,8 @@ def export(
         with progress_bars() as advance:
             manifest = run_export(source, out, precision, revision, force, prompt, Checks(**checks), advance)
     else:
+        if Checks(**checks) != Checks():
+            raise click.UsageError("--via optimum neither calibrates nor verifies: leave those options out")
         try:
             manifest = export_via_optimum(source, out, precision, revision, force, prompt)
         except ImportError as error:

@@ -211,8 +211,13 @@ def test_via_optimum(
         Engine.load(out)
 
 
-def test_via_optimum_writes_no_int4(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    command = ["export", str(checkpoint("flan")), str(tmp_path / "out"), "--via", "optimum", "--precision", "int4"]
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--precision", "int4"], "fp32 or int8"), (["--no-verify"], "neither calibrates nor verifies")]
+)
+def test_what_optimum_does_not_do(
+    options: list[str], message: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    command = ["export", str(checkpoint("flan")), str(tmp_path / "out"), "--via", "optimum", *options]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 2
-    assert "fp32 or int8" in result.output
+    assert message in result.output

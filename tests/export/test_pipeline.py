@@ -91,7 +91,7 @@ def test_what_appears_during_an_export_is_not_replaced(
         (out / "thesis.tex").write_text("years of work")
         return {}
 
-    monkeypatch.setattr(writer, "_tools", meanwhile)
+    monkeypatch.setattr(writer, "tools", meanwhile)
     for force in (False, True):
         with pytest.raises(FileExistsError):
             export(str(checkpoint("flan")), out, "fp32", force=force)
