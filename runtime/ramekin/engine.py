@@ -224,9 +224,11 @@ def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Mani
     if not found:
         manifest = Manifest.load(folder)
         manifest.check_files(folder)
-        found = OptimumFolder.find(folder) if manifest.layout == "optimum" else None
-        if not found:
+        if manifest.layout == "ramekin":
             return None, manifest
+        found = OptimumFolder.find(folder)
+        if not found:
+            raise ModelFormatError(f"{folder}: its manifest tells of optimum's graphs, but there are none; export it again")
     model = OptimumModel.load(onnxruntime(VersionRange()), found, provider, threads)
     return model, manifest if whole else found.manifest(model.dims, model.precision, model.shares_prompt)
 

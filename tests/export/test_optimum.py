@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ramekin.cli import cli
 from tests.export.conftest import SPIECE
 from tests.export.test_parity import load_reference, reference_logits
 from tests.export.variants import VARIANTS
+from tests.runtime.conftest import TINY_MODEL
 from tests.runtime.test_lean import BLOCKED
 
 torch = pytest.importorskip("torch")
@@ -217,6 +219,15 @@ def test_via_optimum(
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(ModelFormatError, match=r"config\.json"):
         Engine.load(out)
+
+
+def test_a_manifest_that_tells_of_graphs_that_are_not_there(tmp_path: Path) -> None:
+    raw = json.loads((TINY_MODEL / "manifest.json").read_text())
+    shutil.copy(TINY_MODEL / "spiece.model", tmp_path)
+    raw |= {"layout": "optimum", "files": {"spiece.model": raw["files"]["spiece.model"]}}
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelFormatError, match="there are none"):
+        Engine.load(tmp_path)
 
 
 @pytest.mark.parametrize(
