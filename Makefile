@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 PIP = -m pip --disable-pip-version-check -q install
 
-.PHONY: demo test test-runtime test-export test-transformers5 bench lint model clean
+.PHONY: demo test test-runtime test-export test-gpu test-transformers5 bench lint model clean
 
 demo: .venv/demo.done  ## Export the demo checkpoint and ask it about a paper: no torch, under 2 minutes
 	.venv/bin/ramekin demo
@@ -17,6 +17,9 @@ test-runtime: .venv-runtime/done  ## The runtime's tests, where torch, transform
 
 test-export: .venv-test/done  ## The export's tests, against transformers 4 as the reference
 	.venv-test/bin/python -m pytest tests
+
+test-gpu: .venv-gpu/done  ## The runtime's tests with onnxruntime for GPUs; it says clearly if there is none
+	.venv-gpu/bin/python -m pytest tests/runtime
 
 test-transformers5: .venv-test5/done  ## The same against transformers 5
 	.venv-test5/bin/python -m pytest tests/export
@@ -41,6 +44,11 @@ model: .venv-test/done  ## Make the tiny model of the runtime's tests anew
 .venv-runtime/done: pyproject.toml
 	$(PYTHON) -m venv .venv-runtime
 	.venv-runtime/bin/python $(PIP) -e '.[cpu]' pytest
+	touch $@
+
+.venv-gpu/done: pyproject.toml
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python $(PIP) -e '.[gpu]' pytest
 	touch $@
 
 .venv-test/done: pyproject.toml

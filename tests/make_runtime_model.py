@@ -18,6 +18,7 @@ from examples.synthetic import make_paper
 from ramekin_export.pipeline import export
 
 MODEL = Path(__file__).parent / "runtime" / "model"
+CUDA_MODEL = MODEL.with_name("cuda_model")
 TINY = {
     **FLAN,
     "vocab_size": 512,
@@ -57,6 +58,7 @@ def main() -> None:
         weights["lm_head.weight"][FLAN["eos_token_id"]] *= 4  # so that samples end, at lengths that differ
         save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
         export(str(checkpoint), MODEL, "fp32", force=True)
+        export(str(checkpoint), CUDA_MODEL, "fp32-cuda", force=True)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _sample(
         logits, values, ids, *rest = decoder.run([LOGITS, TOP_VALUES, TOP_IDS, *present_names(layers), *taps], feed)
         past = rest[: 2 * layers]
         yield [tapped.reshape(n, -1)[alive] for tapped in rest[2 * layers :]]
-        chosen, _ = choose(Logits(logits, values, ids), histories, eos, SAMPLING, draws[:, step])
+        chosen, _ = choose(Logits.of(logits, values, ids), histories, eos, SAMPLING, draws[:, step])
         for history, token in zip(histories, chosen.tolist(), strict=True):
             history.append(token)
         alive &= ~np.isin(chosen, eos)

@@ -18,6 +18,7 @@ from ramekin.options import Command
 from ramekin.paper import check_prompt
 from ramekin.quality import table
 from ramekin.terminal import is_terminal
+from ramekin_export.formats import FORMATS
 from ramekin_export.pipeline import Progress
 from ramekin_export.pipeline import export as run_export
 from ramekin_export.recipe import RECIPES
@@ -48,7 +49,13 @@ def export_options(command: Command) -> Command:
     """What `export` and `convert` have in common."""
     for option in reversed(
         [
-            click.option("--precision", type=click.Choice(list(RECIPES)), default="int8", show_default=True),
+            click.option(
+                "--precision",
+                type=click.Choice([*RECIPES, *FORMATS]),
+                default="int8",
+                show_default=True,
+                help="For the CPU fp32, int8 or int4; for CUDA bf16, fp16 (before Ampere) or fp32-cuda.",
+            ),
             click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]"),
             click.option("--force", is_flag=True, help="Replace OUT if it is there."),
             click.option(
@@ -154,11 +161,11 @@ def _tell(out: Path, manifest: Manifest) -> None:
 
 
 def against_reference(
-    model: Path, source: str, revision: str | None, papers: Path | None, threads: int | None
+    model: Path, source: str, revision: str | None, papers: Path | None, threads: int | None, provider: str
 ) -> dict[str, Any]:
     """What `ramekin verify --reference` measures."""
     with progress_bars() as advance:
-        return against(model, source, revision, papers, threads, advance)
+        return against(model, source, revision, papers, threads, provider, advance)
 
 
 @click.command()

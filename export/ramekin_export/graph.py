@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -14,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import ramekin
 
-OPSET, IR_VERSION = 18, 9
+OPSET = 18
+_IR_VERSIONS = {18: 9, 24: 11}
 MICROSOFT = "com.microsoft"
 _MICROSOFT_OPS = {
     "FastGelu",
@@ -26,11 +28,22 @@ _MICROSOFT_OPS = {
     "SkipSimplifiedLayerNormalization",
 }
 _PAGE, _LINE = 4096, 64  # large weights start at page boundaries, so that they can be mapped; small ones at cache lines
-_TYPES = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
-_TYPES |= {np.dtype(np.int32): TensorProto.INT32, np.dtype(np.int8): TensorProto.INT8}
-_TYPES |= {np.dtype(np.uint8): TensorProto.UINT8}
+_TYPES = {
+    np.dtype(np.float32): TensorProto.FLOAT,
+    np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
+    np.dtype(np.int64): TensorProto.INT64,
+    np.dtype(np.int32): TensorProto.INT32,
+    np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
+}
 
 Shape = Sequence[int | str]
+
+
+def element_type(dtype: npt.DTypeLike) -> int:
+    """ONNX's number for an element type."""
+    return int(_TYPES[np.dtype(dtype)])
 
 
 class WeightFile:
@@ -45,8 +58,8 @@ class WeightFile:
         array = np.ascontiguousarray(array)
         self._stream.write(b"\0" * (-self._stream.tell() % (_PAGE if array.nbytes >= 16 * _PAGE else _LINE)))
         offset = self._stream.tell()
-        self._stream.write(array.data)
-        tensor = TensorProto(name=name, data_type=_TYPES[array.dtype], dims=array.shape)
+        self._stream.write(array.view(np.uint8).data)  # bfloat16 has no buffer of its own
+        tensor = TensorProto(name=name, data_type=element_type(array.dtype), dims=array.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.name), ("offset", offset), ("length", array.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -63,21 +76,21 @@ class WeightFile:
 class GraphBuilder:
     """One graph in the making. Every value is called after the node that computes it."""
 
-    def __init__(self, name: str, weights: WeightFile) -> None:
-        self._name, self._weights = name, weights
+    def __init__(self, name: str, weights: WeightFile, opset: int = OPSET) -> None:
+        self._name, self._weights, self._opset = name, weights, opset
         self._nodes: list[onnx.NodeProto] = []
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._initializers: dict[str, TensorProto] = {}
 
-    def input(self, name: str, dtype: type, shape: Shape) -> str:
+    def input(self, name: str, dtype: npt.DTypeLike, shape: Shape) -> str:
         """Declare an input."""
-        self._inputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], list(shape)))
+        self._inputs.append(helper.make_tensor_value_info(name, element_type(dtype), list(shape)))
         return name
 
-    def output(self, name: str, dtype: type, shape: Shape) -> None:
+    def output(self, name: str, dtype: npt.DTypeLike, shape: Shape) -> None:
         """Declare that the value `name` is an output."""
-        self._outputs.append(helper.make_tensor_value_info(name, _TYPES[np.dtype(dtype)], list(shape)))
+        self._outputs.append(helper.make_tensor_value_info(name, element_type(dtype), list(shape)))
 
     def constant(self, name: str, value: npt.ArrayLike, dtype: type = np.int64) -> str:
         """A small constant inside the `.onnx` file; asking twice gives the same one."""
@@ -100,7 +113,8 @@ class GraphBuilder:
 
     def nodes(self, op: str, inputs: Sequence[str], name: str, outputs: Sequence[str], **attributes: Any) -> list[str]:
         """Add a node with these outputs; an empty name is an output that nobody reads."""
-        domain = MICROSOFT if op in _MICROSOFT_OPS else None
+        ours = op in _MICROSOFT_OPS and not (op == "Gelu" and self._opset >= 20)  # since then it is one of ONNX's own
+        domain = MICROSOFT if ours else None
         self._nodes.append(
             helper.make_node(op, list(inputs), list(outputs), name=f"{name}/{op}", domain=domain, **attributes)
         )
@@ -111,7 +125,7 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
+        opsets = [helper.make_opsetid("", self._opset), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSIONS[self._opset])
         model.producer_name, model.producer_version = "ramekin", ramekin.__version__
         path.write_bytes(model.SerializeToString())

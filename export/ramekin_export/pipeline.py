@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,13 @@ from ramekin.engine import Engine
 from ramekin.errors import RuntimeVersionError, VerificationError
 from ramekin.manifest import DEFAULT_PROMPT, Manifest, VersionRange
 from ramekin.paper import check_prompt
+from ramekin.provider import cuda_problem
 from ramekin.quality import check
 from ramekin.session import onnxruntime
 from ramekin_export.calibrate import calibrate
 from ramekin_export.checkpoint import Checkpoint
-from ramekin_export.recipe import RECIPES
+from ramekin_export.formats import PRECISIONS
+from ramekin_export.recipe import RECIPES, Recipe
 from ramekin_export.target import check_target, scratch, whole_or_not_at_all
 from ramekin_export.verify import Checks, judge
 from ramekin_export.writer import Writer, save
@@ -44,7 +46,7 @@ def export(
     Args:
         source: a folder as `save_pretrained` writes it, or a Hub id.
         out: the folder to make.
-        precision: a key of `RECIPES`.
+        precision: a key of `RECIPES`, for the CPU, or of `FORMATS`, for CUDA.
         revision: branch, tag or commit of a Hub id.
         force: replace `out` if it is there.
         prompt: template for papers, kept in the manifest.
@@ -57,39 +59,43 @@ def export(
         ValueError: `precision` or `prompt` is none.
         VerificationError: the model's predictions are too far from float32's.
     """
-    if precision not in RECIPES:
-        raise ValueError(f"precision must be one of {', '.join(RECIPES)}, not {precision!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     check_prompt(prompt)
     out = out.resolve()
     if Path(source).is_dir() and Path(source).resolve().is_relative_to(out):
         raise FileExistsError(f"{out}: is or holds the checkpoint itself; export to another folder")
     check_target(out, force)
-    recipe, runs = RECIPES[precision], _runs_here()
+    recipe, runs = PRECISIONS[precision], _runs_here()
     seen, judged = checks.calibration_papers(), checks.verification_papers()
     writer = Writer(Checkpoint.open(source, revision), prompt)
     with whole_or_not_at_all(out, force) as folder:
-        if recipe.calibrated and runs:
+        if isinstance(recipe, Recipe) and recipe.calibrated and runs:
             with scratch(out) as exact:
                 writer.write(
                     exact, "fp32", replace(RECIPES["fp32"], folded=recipe.folded), partial(progress, "prepare calibration")
                 )
                 recipe = recipe.rounded_by(calibrate(exact, seen, partial(progress, "calibrate")))
         manifest = writer.write(folder, precision, recipe, partial(progress, f"export {precision}"))
-        recipe = RECIPES[precision]  # the moments, a gigabyte of a large model's, are done with
-        if runs:
+        recipe = PRECISIONS[precision]  # the moments, a gigabyte of a large model's, are done with
+        here = "cpu" in manifest.providers  # else nothing but a GPU can run it
+        if runs and here:
             manifest = replace(manifest, golden=golden.record(Engine.load(folder)))
-        if recipe.quantized and runs and checks.verify:
+        if runs and (not here or (recipe.quantized and checks.verify)):
             with scratch(out) as reference:
                 writer.write(reference, "fp32", RECIPES["fp32"], partial(progress, "prepare verification"))
-                quality = judge(reference, folder, judged, checks.judged_on, partial(progress, "verify"))
-            manifest = replace(manifest, quality=quality)
-            if not checks.allow_quality_loss:
-                _require(quality)
+                if not here:
+                    manifest = replace(manifest, golden=golden.record(Engine.load(reference)))
+                if checks.verify and (here or not cuda_problem(onnxruntime(manifest.onnxruntime))):
+                    quality = judge(reference, folder, judged, checks.judged_on, partial(progress, "verify"))
+                    manifest = replace(manifest, quality=quality)
+            if manifest.quality and not checks.allow_quality_loss:
+                _require(manifest.quality)
         save(folder, manifest)
     return manifest
 
 
-def _require(quality: dict[str, Any]) -> None:
+def _require(quality: Mapping[str, Any]) -> None:
     try:
         check(quality)
     except VerificationError as error:

@@ -18,9 +18,11 @@ from ramekin.errors import ModelFormatError, VerificationError
 from ramekin.inputs import read_papers
 from ramekin.manifest import Manifest
 from ramekin.paper import Paper, build_prompt
+from ramekin.provider import AUTO
 from ramekin.tokenizer import Tokenizer
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.fidelity import SAMPLING, Fidelity, compare
+from ramekin_export.formats import PRECISIONS
 from ramekin_export.recipe import RECIPES
 from ramekin_export.target import scratch
 from ramekin_export.writer import Writer
@@ -92,9 +94,10 @@ def judge(
     judged_on: str,
     progress: Callable[[int, int], None],
     threads: int | None = None,
+    provider: str = AUTO,
 ) -> dict[str, Any]:
     """Compare a model folder with a float32 one of the same checkpoint; what the manifest keeps as its quality."""
-    exact, quantized = Engine.load(reference, threads=threads), Engine.load(model, threads=threads)
+    exact, quantized = Engine.load(reference, threads=threads), Engine.load(model, provider, threads)
     sources = prompts(exact.tokenizer, exact.manifest, papers, whole=False)
     steps = SAMPLING.max_new_tokens * len(sources)
     rows = compare(exact, quantized, sources, advance=lambda: progress(1, steps))
@@ -103,7 +106,7 @@ def judge(
         by_length.setdefault(min((n for n in LENGTHS if n >= len(source)), default=len(source)), []).append(each)
     return {
         "papers": judged_on,
-        "most_kl": RECIPES[quantized.manifest.precision].most_divergence,
+        "most_kl": PRECISIONS[quantized.manifest.precision].most_divergence,
         "by_source_tokens": {str(length): Fidelity.of(by_length[length]).to_json() for length in sorted(by_length)},
         "all": Fidelity.of(rows).to_json(),
     }
@@ -115,6 +118,7 @@ def against(
     revision: str | None,
     papers: Path | None,
     threads: int | None,
+    provider: str,
     progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
     """Compare a model folder with the checkpoint that it was made from.
@@ -124,8 +128,9 @@ def against(
         VerificationError: the checkpoint has another shape.
     """
     manifest, checks = Manifest.load(model), Checks(papers=papers)
-    if manifest.precision not in RECIPES:
-        raise ModelFormatError(f"{model}: precision {manifest.precision!r} is none of {', '.join(RECIPES)}; export it again")
+    if manifest.precision not in PRECISIONS:
+        known = ", ".join(PRECISIONS)
+        raise ModelFormatError(f"{model}: precision {manifest.precision!r} is none of {known}; export it again")
     judged = checks.verification_papers()
     checkpoint = Checkpoint.open(source, revision)
     with scratch(model.resolve()) as reference:
@@ -134,4 +139,4 @@ def against(
         )
         if exact.dims != manifest.dims:
             raise VerificationError(f"{source}: another shape than {model} was exported from")
-        return judge(reference, model, judged, checks.judged_on, partial(progress, "verify"), threads)
+        return judge(reference, model, judged, checks.judged_on, partial(progress, "verify"), threads, provider)

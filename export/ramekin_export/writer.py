@@ -5,19 +5,27 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ramekin
 from ramekin.config_files import generation_defaults
-from ramekin.manifest import DECODER, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest
+from ramekin.manifest import DECODER, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest, VersionRange
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
+from ramekin_export.cuda_decoder import build_cuda_decoder
+from ramekin_export.cuda_encoder import build_cuda_encoder
+from ramekin_export.cuda_layers import OPSET as CUDA_OPSET
 from ramekin_export.decoder import build_decoder
 from ramekin_export.encoder import build_encoder
 from ramekin_export.fold import Folded, Weights
+from ramekin_export.formats import FLOAT32, Format, narrowed
 from ramekin_export.graph import OPSET, WeightFile
 from ramekin_export.head import Head
 from ramekin_export.recipe import Recipe
 from ramekin_export.vocabulary import write_vocabulary
+
+CUDA_LAYOUT: dict[str, Any] = {"layout": "cuda", "opset": CUDA_OPSET, "onnxruntime": VersionRange(at_least="1.31.1")}
+"""What the manifest tells of graphs for CUDA. 1.31.1 is the release in whose CUDA library their kernels were looked for."""
 
 Progress = Callable[[int, int], None]
 """Told how much was done since the last call, and how much there is."""
@@ -30,8 +38,8 @@ class Writer:
         self._checkpoint, self._prompt = checkpoint, prompt
         self._config = T5Config.from_json(checkpoint.config)
 
-    def write(self, folder: Path, precision: str, recipe: Recipe, progress: Progress) -> Manifest:
-        """Fill an empty folder.
+    def write(self, folder: Path, precision: str, recipe: Recipe | Format, progress: Progress) -> Manifest:
+        """Fill an empty folder: by a recipe with graphs for the CPU, in a number format with graphs for CUDA.
 
         Raises:
             CheckpointError: the checkpoint cannot be exported; the text says why.
@@ -39,6 +47,7 @@ class Writer:
         checkpoint = self._checkpoint
         tokens = write_vocabulary(checkpoint.folder, checkpoint.config, checkpoint.generation, folder / TOKENIZER)
         self._write_graphs(folder, recipe, progress)
+        layout = {"opset": OPSET} if isinstance(recipe, Recipe) else CUDA_LAYOUT | {"providers": recipe.providers}
         manifest = Manifest(
             dims=self._config.dims,
             variant=self._config.variant,
@@ -50,16 +59,17 @@ class Writer:
             generation=generation_defaults(checkpoint.generation),
             source=checkpoint.source,
             tools=tools(),
-            opset=OPSET,
+            **layout,
         )
         save(folder, manifest)
         return manifest
 
-    def _write_graphs(self, folder: Path, recipe: Recipe, progress: Progress) -> None:
+    def _write_graphs(self, folder: Path, recipe: Recipe | Format, progress: Progress) -> None:
         config, dims, total = self._config, self._config.dims, _parameters(self._config)
         weights: Weights = self._checkpoint
         head = Head.of(self._checkpoint, config)
-        if recipe.folded:
+        stored = FLOAT32 if isinstance(recipe, Recipe) else recipe.stream
+        if isinstance(recipe, Recipe) and recipe.folded:
             weights = Folded(weights, config, head.weight)
 
         def advance(parameters: int) -> None:
@@ -67,12 +77,20 @@ class Writer:
 
         with WeightFile(folder / "embedding.bin", advance) as file:
             table = self._checkpoint.tensor("shared.weight", dims.vocab_size, dims.d_model)
-            embedding = file.add("shared.weight", table, table.size)
+            embedding = file.add("shared.weight", narrowed("shared.weight", table, stored), table.size)
             del table
         with WeightFile(folder / "encoder.bin", advance) as file:
-            build_encoder(weights, config, recipe, embedding, file).save(folder / ENCODER)
+            if isinstance(recipe, Recipe):
+                encoder = build_encoder(weights, config, recipe, embedding, file)
+            else:
+                encoder = build_cuda_encoder(weights, config, recipe, embedding, file)
+            encoder.save(folder / ENCODER)
         with WeightFile(folder / "decoder.bin", advance) as file:
-            build_decoder(weights, config, recipe, head, embedding, file).save(folder / DECODER)
+            if isinstance(recipe, Recipe):
+                decoder = build_decoder(weights, config, recipe, head, embedding, file)
+            else:
+                decoder = build_cuda_decoder(weights, config, recipe, head, embedding, file)
+            decoder.save(folder / DECODER)
 
 
 def save(folder: Path, manifest: Manifest) -> None:

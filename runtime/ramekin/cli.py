@@ -20,10 +20,10 @@ from ramekin.engine import Completion, Engine
 from ramekin.errors import InputError, RamekinError
 from ramekin.folder_cli import info, verify
 from ramekin.inputs import read_papers, read_prompts
-from ramekin.options import Command, model_options, sampling_options
-from ramekin.paper import QAPair, build_prompt
+from ramekin.options import Command, model_options, open_engine, sampling_options
+from ramekin.paper import Paper, QAPair, build_prompt
 from ramekin.sampling import SamplingParams
-from ramekin.terminal import is_terminal, progress, say
+from ramekin.terminal import Item, is_terminal, progress, say
 
 
 class _Commands(click.Group):
@@ -85,6 +85,7 @@ def generate(
     model: Path,
     file: Path,
     threads: int | None,
+    provider: str | None,
     max_source_tokens: int | None,
     on_long: str,
     as_json: bool,
@@ -101,36 +102,38 @@ def generate(
     if str(file) == "-" and is_terminal(sys.stdin):
         say("reading the prompt from this terminal; Ctrl-D ends it")
     prompts = read_prompts(file)
-    engine = Engine.load(model, threads=threads, max_source_tokens=max_source_tokens)
+    engine = open_engine(model, provider, threads, max_source_tokens)
     params = _params(engine, sampling)
     labels = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     sources = _sources(engine, labels, prompts, on_long)
-    for prompt, source in progress(list(zip(prompts, sources, strict=True)), "prompts"):
-        done: list[Completion] = []
+    pairs = list(zip(prompts, sources, strict=True))
+    for group in progress(_groups(pairs, 1 if stream else engine.model.prompts_at_once), "prompts"):
+        done: list[list[Completion]] = [[] for _ in group]
         try:
-            for event in engine.stream(source, params):
+            for number, event in engine.stream_many([source for _, source in group], params):
                 if isinstance(event, Completion):
-                    done.append(event)
+                    done[number].append(event)
                     if stream and not as_json and params.n > 1:
                         click.echo(f"[{event.index}] {event.text}")
                 elif stream and not as_json and params.n == 1:
                     click.echo(event.text, nl=False)
         except KeyboardInterrupt:
-            _tell(prompt, done, as_json, params.n, streamed=stream)  # what is finished is not lost
+            _tell(group, done, as_json, params.n, streamed=stream)  # what is finished is not lost
             raise
-        _tell(prompt, done, as_json, params.n, streamed=stream)
+        _tell(group, done, as_json, params.n, streamed=stream)
 
 
-def _tell(prompt: str, done: list[Completion], as_json: bool, n: int, streamed: bool) -> None:
-    done.sort(key=lambda completion: completion.index)
-    if as_json:
-        samples = [_completion_json(completion) for completion in done]
-        click.echo(json.dumps({"prompt": prompt, "samples": samples}, ensure_ascii=False))
-    elif streamed and n == 1:
-        click.echo()
-    elif not streamed:
-        for completion in done:
-            click.echo(completion.text)
+def _tell(group: list[tuple[str, Any]], done: list[list[Completion]], as_json: bool, n: int, streamed: bool) -> None:
+    for (prompt, _), samples in zip(group, done, strict=True):
+        samples.sort(key=lambda completion: completion.index)
+        if as_json:
+            rows = [_completion_json(completion) for completion in samples]
+            click.echo(json.dumps({"prompt": prompt, "samples": rows}, ensure_ascii=False))
+        elif streamed and n == 1:
+            click.echo()
+        elif not streamed:
+            for completion in samples:
+                click.echo(completion.text)
 
 
 def _completion_json(completion: Completion) -> dict[str, Any]:
@@ -155,6 +158,7 @@ def questions(
     model: Path,
     paper: Path,
     threads: int | None,
+    provider: str | None,
     max_source_tokens: int | None,
     on_long: str,
     as_json: bool,
@@ -169,41 +173,43 @@ def questions(
       ramekin questions model papers.jsonl -n 8 --seed 7 --json > pairs.jsonl
     """
     papers = read_papers(paper)
-    engine = Engine.load(model, threads=threads, max_source_tokens=max_source_tokens)
+    engine = open_engine(model, provider, threads, max_source_tokens)
     params = _params(engine, {**sampling, "n": 16 if sampling["n"] is None else sampling["n"]})
     malformed = total = 0
 
-    def tell(title: str, done: list[Completion]) -> None:
+    def tell(group: list[tuple[Paper, Any]], done: list[list[Completion]]) -> None:
         nonlocal malformed, total
-        done.sort(key=lambda completion: completion.index)
-        pairs = [QAPair.parse(sample.text, cut=sample.finish_reason == "length") for sample in done]
-        total, malformed = total + len(pairs), malformed + sum(not pair.well_formed for pair in pairs)
-        if as_json:
-            rows = [
-                {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
-                for pair, sample in zip(pairs, done, strict=True)
-            ]
-            click.echo(json.dumps({"title": title, "pairs": rows}, ensure_ascii=False))
-            return
-        if len(papers) > 1:
-            click.echo(f"# {title}\n")
-        for pair in pairs:
-            if show_all or pair.well_formed:
-                note = f"\n   ({pair.problem})" if pair.problem else ""
-                click.echo(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
+        for (each, _), samples in zip(group, done, strict=True):
+            samples.sort(key=lambda completion: completion.index)
+            pairs = [QAPair.parse(sample.text, cut=sample.finish_reason == "length") for sample in samples]
+            total, malformed = total + len(pairs), malformed + sum(not pair.well_formed for pair in pairs)
+            if as_json:
+                rows = [
+                    {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
+                    for pair, sample in zip(pairs, samples, strict=True)
+                ]
+                click.echo(json.dumps({"title": each.title, "pairs": rows}, ensure_ascii=False))
+                continue
+            if len(papers) > 1:
+                click.echo(f"# {each.title}\n")
+            for pair in pairs:
+                if show_all or pair.well_formed:
+                    note = f"\n   ({pair.problem})" if pair.problem else ""
+                    click.echo(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
 
     labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
     prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
     sources = _sources(engine, labels, prompts, on_long)
-    for each, source in progress(list(zip(papers, sources, strict=True)), "papers"):
-        done: list[Completion] = []
+    for group in progress(_groups(list(zip(papers, sources, strict=True)), engine.model.prompts_at_once), "papers"):
+        done: list[list[Completion]] = [[] for _ in group]
         try:
-            events = engine.stream(source, params)
-            done.extend(event for event in events if isinstance(event, Completion))
+            for number, event in engine.stream_many([source for _, source in group], params):
+                if isinstance(event, Completion):
+                    done[number].append(event)
         except KeyboardInterrupt:
-            tell(each.title, done)
+            tell(group, done)  # what is finished is not lost
             raise
-        tell(each.title, done)
+        tell(group, done)
     if malformed and not as_json:
         hint = "" if show_all else "; --all prints them"
         click.echo(f"{malformed} of {total} samples were not a question and a whole answer{hint}", err=True)
@@ -222,6 +228,11 @@ def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str
                 raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
             say(f"{label}: {each.message}" if len(labels) > 1 else each.message)
     return sources
+
+
+def _groups(items: list[Item], size: int) -> list[list[Item]]:
+    """The items in groups that the model computes together."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
 
 
 def _params(engine: Engine, sampling: dict[str, Any]) -> SamplingParams:

@@ -14,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ramekin.cache import Floats
+from ramekin.cuda_model import CudaModel
 from ramekin.errors import ModelFormatError
-from ramekin.manifest import MANIFEST, TOKENIZER, Manifest, VersionRange
+from ramekin.manifest import MANIFEST, PROVIDERS, TOKENIZER, Manifest, VersionRange
 from ramekin.model import Model, Steps
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.optimum_model import OptimumModel
 from ramekin.paper import check_prompt
+from ramekin.provider import AUTO, choose_provider
 from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
-from ramekin.session import MOST_THREADS, PROVIDERS, onnxruntime, usable_cores
+from ramekin.session import MOST_THREADS, onnxruntime, usable_cores
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
 
 FinishReason = Literal["eos", "length", "stop"]
@@ -72,8 +74,9 @@ class Completion:
 
 @dataclass
 class _Sample:
-    """A sample that is still running."""
+    """A sample that is still running: number `index` of its prompt's."""
 
+    prompt: int
     index: int
     decoder: IncrementalDecoder
     history: list[int]
@@ -82,10 +85,18 @@ class _Sample:
 
 
 class Engine:
-    """A model folder, ready to generate."""
+    """A model folder, ready to generate.
 
-    def __init__(self, model: Steps, tokenizer: Tokenizer, manifest: Manifest) -> None:
+    Attributes:
+        provider: where it computes, "cpu" or "cuda".
+        not_on_cuda: why "auto" chose the CPU, else empty.
+    """
+
+    def __init__(
+        self, model: Steps, tokenizer: Tokenizer, manifest: Manifest, provider: str = "cpu", not_on_cuda: str = ""
+    ) -> None:
         self.model, self.tokenizer, self.manifest = model, tokenizer, manifest
+        self.provider, self.not_on_cuda = provider, not_on_cuda
 
     @classmethod
     def load(
@@ -102,24 +113,25 @@ class Engine:
 
         Args:
             folder: the model folder.
-            provider: where to compute: "cpu".
+            provider: where to compute: "cpu", "cuda", or "auto": CUDA where model and machine allow it.
             threads: how many threads compute; None: the cores that this process may really use.
             max_source_tokens: longest prompt in tokens; None: what the model's manifest says.
 
         Raises:
             ModelNotFoundError: there is no such folder.
             ModelFormatError: the folder is damaged, altered or not a model.
+            ProviderError: the model cannot be computed there. "cuda" never falls back to the CPU.
             RuntimeVersionError: onnxruntime is missing or of a version that is not supported.
             ValueError: an argument is out of its range.
         """
-        if provider not in PROVIDERS:
-            raise ValueError(f"provider must be one of {', '.join(PROVIDERS)}, not {provider!r}")
+        if provider not in (*PROVIDERS, AUTO):
+            raise ValueError(f"provider must be one of {', '.join((*PROVIDERS, AUTO))}, not {provider!r}")
         if threads is not None and not 1 <= threads <= MOST_THREADS:
             raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {threads}")
         if max_source_tokens is not None and max_source_tokens < 1:
             raise ValueError(f"max_source_tokens must be at least 1, not {max_source_tokens}")
         folder, count = Path(folder), threads or usable_cores()
-        model, manifest = _open(folder, provider, count)
+        model, manifest, provider, reason = _open(folder, provider, count)
         if max_source_tokens is not None:
             manifest = replace(manifest, max_source_tokens=max_source_tokens)
         tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
@@ -130,7 +142,10 @@ class Engine:
             SamplingParams(**SamplingParams.known(manifest.generation))
         except (TypeError, ValueError) as error:
             raise ModelFormatError(f"{folder / MANIFEST}: {error}; export the model again") from None
-        return cls(model or Model.load(folder, manifest, provider, count), tokenizer, manifest)
+        if not model:
+            kind = CudaModel if manifest.layout == "cuda" else Model
+            model = kind.load(folder, manifest, provider, count)
+        return cls(model, tokenizer, manifest, provider, reason)
 
     def params(self, **values: Any) -> SamplingParams:
         """Sampling parameters: these values, where not given those of the model, where it has none the usual ones."""
@@ -155,13 +170,50 @@ class Engine:
         Raises:
             ValueError: token ids are outside the vocabulary, or there are none.
         """
+        for _, event in self._run([self.source_ids(source)], params or self.params()):
+            yield event
+
+    def generate_many(self, sources: Sequence[Source], params: SamplingParams | None = None) -> list[list[Completion]]:
+        """All samples of several prompts: for each prompt what `generate` gives, whichever others there are."""
+        done: list[list[Completion]] = [[] for _ in sources]
+        for number, event in self.stream_many(sources, params):
+            if isinstance(event, Completion):
+                done[number].append(event)
+        return [sorted(each, key=lambda completion: completion.index) for each in done]
+
+    def stream_many(
+        self, sources: Sequence[Source], params: SamplingParams | None = None
+    ) -> Iterator[tuple[int, Token | Completion]]:
+        """Generate samples of several prompts: what `stream` tells of each, with the prompt's number.
+
+        On a GPU some prompts are computed together, padded to the longest of them; on a CPU, where one prompt fills every
+        core, one after the other. Without a seed all prompts get the same new one.
+
+        Raises:
+            ValueError: see `stream`.
+        """
         params = params or self.params()
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(63))
+        prompts, size = [self.source_ids(source) for source in sources], self.model.prompts_at_once
+        for first in range(0, len(prompts), size):
+            for number, event in self._run(prompts[first : first + size], params):
+                yield first + number, event
+
+    def _run(
+        self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams
+    ) -> Iterator[tuple[int, Token | Completion]]:
+        """The loop: all samples of one or more prompts, with the number of the prompt that each event belongs to."""
         seed = secrets.randbits(63) if params.seed is None else int(params.seed)
         eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
-        cross = self.model.prefill(self.source_ids(source))
-        cache = self.model.new_cache(cross, params.n, params.max_new_tokens, params.candidates)
+        cross = self.model.prefill(*prompts)
+        cache = self.model.new_cache(cross, len(prompts) * params.n, params.max_new_tokens, params.candidates)
         draws = uniforms(seed, params.n, params.max_new_tokens)
-        running = [_Sample(i, IncrementalDecoder(self.tokenizer), [start]) for i in range(params.n)]
+        running = [
+            _Sample(prompt, i, IncrementalDecoder(self.tokenizer), [start])
+            for prompt in range(len(prompts))
+            for i in range(params.n)
+        ]
         while running:
             logits = self.model.step([sample.history[-1] for sample in running], cache)
             step_draws = draws[[sample.index for sample in running], cache.length - 1]
@@ -170,9 +222,9 @@ class Engine:
             stay = []
             for row, sample in enumerate(running):
                 event, completion = _advance(sample, int(chosen[row]), float(logprobs[row]), eos, params, seed)
-                yield event
+                yield sample.prompt, event
                 if completion:
-                    yield completion
+                    yield sample.prompt, completion
                 else:
                     stay.append(row)
             if len(stay) < len(running):
@@ -217,20 +269,27 @@ class Engine:
         return array.astype(np.int64)
 
 
-def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Manifest]:
-    """The manifest of a folder and, if its graphs are optimum's, the model. One without manifest may be optimum's own."""
+def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Manifest, str, str]:
+    """A folder's manifest, where to compute and why not on CUDA; and, if its graphs are optimum's, the model.
+
+    A folder without a manifest may be one of optimum's own.
+    """
     whole = (folder / MANIFEST).is_file()
     found = None if whole else OptimumFolder.find(folder)
     if not found:
         manifest = Manifest.load(folder)
         manifest.check_files(folder)
-        if manifest.layout == "ramekin":
-            return None, manifest
+        if manifest.layout != "optimum":
+            ort = onnxruntime(manifest.onnxruntime)
+            return None, manifest, *choose_provider(ort, provider, manifest.providers, manifest.precision)
         found = OptimumFolder.find(folder)
         if not found:
             raise ModelFormatError(f"{folder}: its manifest tells of optimum's graphs, but there are none; export it again")
-    model = OptimumModel.load(onnxruntime(VersionRange()), found, provider, threads)
-    return model, manifest if whole else found.manifest(model.dims, model.precision, model.shares_prompt)
+    ort = onnxruntime(VersionRange())
+    provider, reason = choose_provider(ort, provider, ("cpu",), "optimum")
+    model = OptimumModel.load(ort, found, provider, threads)
+    manifest = manifest if whole else found.manifest(model.dims, model.precision, model.shares_prompt)
+    return model, manifest, provider, reason
 
 
 def _advance(

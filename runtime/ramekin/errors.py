@@ -7,6 +7,7 @@ RamekinError
 ├── CheckpointError (ValueError)             the checkpoint to export is damaged, ambiguous or not a T5
 ├── InputError (ValueError)                  a file of prompts or papers is not what was expected
 │   └── PaperError                           a file is not a paper
+├── ProviderError                            the model cannot be computed where it was asked for
 ├── RuntimeVersionError (ImportError)        onnxruntime is missing or of a version that is not supported
 └── VerificationError                        a model folder does not compute what it did when it was exported
 """
@@ -40,6 +41,10 @@ class InputError(RamekinError, ValueError):
 
 class PaperError(InputError):
     """A file is not a paper."""
+
+
+class ProviderError(RamekinError):
+    """The model cannot be computed where it was asked for: no CUDA, graphs for something else, or too little memory."""
 
 
 class RuntimeVersionError(RamekinError, ImportError):

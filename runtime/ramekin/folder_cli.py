@@ -12,7 +12,8 @@ from ramekin import golden
 from ramekin.engine import Engine
 from ramekin.manifest import MANIFEST, Manifest
 from ramekin.optimum_folder import OptimumFolder
-from ramekin.options import threads_option
+from ramekin.options import open_engine, provider_option, threads_option
+from ramekin.provider import AUTO
 from ramekin.quality import check, table
 
 
@@ -37,6 +38,7 @@ def info(model: Path, as_json: bool) -> None:
     rows = [
         ("variant", manifest.variant),
         ("precision", manifest.precision),
+        ("computed on", " or ".join(manifest.providers)),
         ("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files"),
         ("layers", f"{dims.encoder_layers} encoder, {dims.decoder_layers} decoder"),
         ("width", f"{dims.d_model}, {dims.num_heads} heads of {dims.head_dim}, feed-forward {dims.d_ff}"),
@@ -76,8 +78,15 @@ def info(model: Path, as_json: bool) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="The comparison as one JSON object.")
 @threads_option
+@provider_option
 def verify(
-    model: Path, reference: str | None, revision: str | None, papers: Path | None, as_json: bool, threads: int | None
+    model: Path,
+    reference: str | None,
+    revision: str | None,
+    papers: Path | None,
+    as_json: bool,
+    threads: int | None,
+    provider: str | None,
 ) -> None:
     """Check a MODEL folder: the SHA-256 of every file, and that it computes what it did when it was exported.
 
@@ -94,7 +103,7 @@ def verify(
     manifest = Manifest.load(model)
     manifest.check_files(model, hash_up_to=None)
     click.echo(f"files: {len(manifest.files)} intact", err=as_json)
-    difference = golden.check(Engine.load(model, threads=threads), manifest.golden)
+    difference = golden.check(open_engine(model, provider, threads), manifest.golden)
     click.echo(f"golden run: log-probabilities within {difference:.1e} of those at export", err=as_json)
     if reference is None:
         return
@@ -105,7 +114,7 @@ def verify(
         raise click.ClickException(
             f"--reference needs the package {error.name}: pip install 'ramekin[cpu,export]'"
         ) from None
-    quality = against(model, reference, revision, papers, threads)
+    quality = against(model, reference, revision, papers, threads, provider or AUTO)
     if as_json:
         click.echo(json.dumps(quality))
     else:

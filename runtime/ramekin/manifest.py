@@ -15,6 +15,8 @@ from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundEr
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+"""What computes, and what ONNX Runtime calls it."""
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
 
 DEFAULT_PROMPT = (
@@ -30,6 +32,8 @@ DEFAULT_PROMPT = (
 INPUT_IDS, ENCODER_HIDDEN = "input_ids", "encoder_hidden"
 TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
 LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
+# Graphs for CUDA have others of other shapes, see `build_cuda_encoder` and `build_cuda_decoder`, and these besides.
+SOURCE_LENGTHS, POSITIONS, DISTANCES, UNFOLDED, LOG_SUMS = "source_lengths", "positions", "distances", "unfolded", "log_sums"
 
 
 def cross_names(layers: int) -> list[str]:
@@ -157,7 +161,9 @@ class Manifest:
     """Everything that the runtime knows of a model besides its graphs. Written once by the export, never changed.
 
     Attributes:
-        layout: whose graphs they are: "ramekin", as described above, or "optimum", as its exporter names them.
+        layout: whose graphs they are: "ramekin", as described above, "cuda", ours for GPUs, or "optimum", as its exporter
+            names them.
+        providers: where the graphs can be computed, see `PROVIDERS`.
     """
 
     dims: Dims
@@ -166,6 +172,7 @@ class Manifest:
     recipe: Mapping[str, Any]
     files: Mapping[str, FileRecord]
     layout: str = "ramekin"
+    providers: tuple[str, ...] = ("cpu",)
     variant: str = "t5"
     prompt: str = DEFAULT_PROMPT
     max_source_tokens: int = 1024
@@ -189,9 +196,13 @@ class Manifest:
                 raise ModelFormatError(f"{name} must be an object, not {getattr(self, name)!r}")
         if max(self.tokens.ids) >= self.dims.vocab_size:
             raise ModelFormatError(f"token {max(self.tokens.ids)} lies outside the vocabulary of {self.dims.vocab_size}")
-        needed = {"ramekin": {ENCODER, DECODER, TOKENIZER}, "optimum": {TOKENIZER}}
+        graphs = {ENCODER, DECODER, TOKENIZER}
+        needed = {"ramekin": graphs, "cuda": graphs, "optimum": {TOKENIZER}}
         if self.layout not in needed:
             raise ModelFormatError(f"layout must be one of {', '.join(needed)}, not {self.layout!r}")
+        object.__setattr__(self, "providers", tuple(self.providers))
+        if not self.providers or set(self.providers) - set(PROVIDERS):
+            raise ModelFormatError(f"providers must name one or more of {', '.join(PROVIDERS)}, not {self.providers!r}")
         missing = needed[self.layout] - set(self.files)
         if missing:
             raise ModelFormatError(f"files must list {', '.join(sorted(missing))}")

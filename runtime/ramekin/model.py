@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,26 +42,46 @@ class Logits:
     """What the model predicts for the next token of n samples. The arrays are overwritten by the next step.
 
     Attributes:
-        full: all logits, `(n, vocab)` float32.
         top_values: the k largest in falling order, `(n, k)` float32.
         top_ids: their tokens, `(n, k)` int64.
+        vocab_size: how many logits there are.
+        fetch: gets all of them, `(n, vocab)` float32, which may have to come from another device.
+        log_sums: the logarithm of the sum of all exponentials, `(n,)` float32, where the graph computes it.
     """
 
-    full: Floats
     top_values: Floats
     top_ids: npt.NDArray[np.int64]
+    vocab_size: int
+    fetch: Callable[[], Floats]
+    log_sums: Floats | None = None
+
+    @classmethod
+    def of(cls, full: Floats, top_values: Floats, top_ids: npt.NDArray[np.int64]) -> Logits:
+        """Of all logits, where they are at hand."""
+        return cls(top_values, top_ids, full.shape[1], lambda: full)
+
+    @cached_property
+    def full(self) -> Floats:
+        """All logits, `(n, vocab)` float32."""
+        return self.fetch()
 
 
 class Steps(Protocol):
-    """What the loop asks of a model: `prefill` a prompt, then `step` through a cache that `new_cache` made."""
+    """What the loop asks of a model: `prefill` prompts, then `step` through a cache that `new_cache` made.
+
+    Attributes:
+        dims: sizes of the network.
+        prompts_at_once: how many prompts `prefill` takes.
+    """
 
     dims: Dims
+    prompts_at_once: int
 
-    def prefill(self, source_ids: Sequence[int] | npt.NDArray[np.int64]) -> Any:
-        """Encode a prompt."""
+    def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Any:
+        """Encode prompts, token ids each."""
 
     def new_cache(self, cross: Any, rows: int, capacity: int, candidates: int) -> Any:
-        """An empty cache, with `length` and `keep` as those of `Cache`."""
+        """An empty cache, with `length` and `keep` as those of `Cache`; the rows of each prompt stand side by side."""
 
     def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: Any) -> Logits:
         """Feed one token to each sample."""
@@ -68,6 +89,8 @@ class Steps(Protocol):
 
 class Model:
     """An encoder and a decoder graph that agree with a manifest."""
+
+    prompts_at_once = 1  # several would only be padded to the longest: one fills every core
 
     def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest) -> None:
         self.dims = manifest.dims
@@ -80,10 +103,10 @@ class Model:
         written: Shapes = dict.fromkeys(self._present, (None, heads, None, width))
         small: Shapes = {TOKEN_IDS: (None, 1), PAST_LENGTHS: (None,), TOP_K: (1,)}
         ranked: Shapes = {LOGITS: (None, self.dims.vocab_size), TOP_VALUES: (None, None), TOP_IDS: (None, None)}
-        _check(ENCODER, encoder.get_inputs(), {INPUT_IDS: (1, None)})
-        _check(ENCODER, encoder.get_outputs(), {ENCODER_HIDDEN: (1, None, self.dims.d_model), **crossed})
-        _check(DECODER, decoder.get_inputs(), {**small, **cached, **crossed})
-        _check(DECODER, decoder.get_outputs(), {**ranked, **written})
+        check_tensors(ENCODER, encoder.get_inputs(), {INPUT_IDS: (1, None)})
+        check_tensors(ENCODER, encoder.get_outputs(), {ENCODER_HIDDEN: (1, None, self.dims.d_model), **crossed})
+        check_tensors(DECODER, decoder.get_inputs(), {**small, **cached, **crossed})
+        check_tensors(DECODER, decoder.get_outputs(), {**ranked, **written})
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, provider: str, threads: int) -> Model:
@@ -100,8 +123,9 @@ class Model:
             decoder = pool.submit(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
         return cls(ort, encoder.result(), decoder.result(), manifest)
 
-    def prefill(self, source_ids: Sequence[int] | npt.NDArray[np.int64]) -> Cross:
-        """Encode a prompt of S tokens and project it to every decoder layer's cross-attention keys and values."""
+    def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Cross:
+        """Encode one prompt of S tokens and project it to every decoder layer's cross-attention keys and values."""
+        (source_ids,) = prompts
         ids = np.asarray(source_ids, np.int64).reshape(1, -1)
         cross = Cross.empty(self.dims, ids.shape[1])
         binding = self._encoder.io_binding()
@@ -111,7 +135,7 @@ class Model:
         options = self._ort.RunOptions()
         # The scratch memory of a long prompt (heads * S * S floats and more) goes back before decoding starts.
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        _run(self._encoder, binding, options)
+        run_bound(self._encoder, binding, options)
         return cross
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
@@ -131,9 +155,9 @@ class Model:
         cache.past_lengths[:] = cache.length
         if cache.binding is None:
             cache.binding = self._bind(cache)
-        _run(self._decoder, cache.binding[0])
+        run_bound(self._decoder, cache.binding[0])
         cache.length += 1
-        return Logits(cache.logits, cache.top_values, cache.top_ids)
+        return Logits.of(cache.logits, cache.top_values, cache.top_ids)
 
     def _bind(self, cache: Cache) -> tuple[Any, Any]:
         """A binding of the decoder to the arrays of `cache`, and what must live as long as it."""
@@ -163,7 +187,12 @@ class Model:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def _run(session: Any, binding: Any, options: Any = None) -> None:
+def run_bound(session: Any, binding: Any, options: Any = None) -> None:
+    """Run a graph on what is bound to it.
+
+    Raises:
+        RamekinError: onnxruntime failed.
+    """
     try:
         session.run_with_iobinding(binding, options)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
@@ -171,8 +200,12 @@ def _run(session: Any, binding: Any, options: Any = None) -> None:
         raise RamekinError(f"onnxruntime failed: {reason}; `ramekin verify` tells whether the model is intact") from error
 
 
-def _check(graph: str, found: Sequence[Any], expected: Shapes) -> None:
-    """Compare a graph's inputs or outputs with names and shapes; None stands for any size."""
+def check_tensors(graph: str, found: Sequence[Any], expected: Shapes) -> None:
+    """Compare a graph's inputs or outputs with names and shapes; None stands for any size.
+
+    Raises:
+        ModelFormatError: they differ.
+    """
     shapes = {each.name: each.shape for each in found}
     for name in sorted(shapes.keys() | expected.keys()):
         wanted, given = expected.get(name), shapes.get(name)

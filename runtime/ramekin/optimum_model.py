@@ -69,6 +69,8 @@ class OptimumModel:
         shares_prompt: whether all samples read one copy of the prompt's keys and values.
     """
 
+    prompts_at_once = 1
+
     def __init__(self, ort: Any, encoder: Any, decoder: Any, with_past: Any | None, found: OptimumFolder) -> None:
         self._ort, self._encoder, self._decoder = ort, encoder, decoder
         self._merged, self._next = with_past is None, with_past or decoder
@@ -100,8 +102,9 @@ class OptimumModel:
         """What the caches hold."""
         return "fp16" if self._half else "fp32"
 
-    def prefill(self, source_ids: Sequence[int] | npt.NDArray[np.int64]) -> Encoded:
-        """Encode a prompt of S tokens."""
+    def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Encoded:
+        """Encode one prompt of S tokens."""
+        (source_ids,) = prompts
         ids = np.asarray(source_ids, np.int64).reshape(1, -1)
         mask = np.ones_like(ids)
         (hidden,) = self._run(self._encoder, {_IDS: ids, _MASK: mask}, ["last_hidden_state"])
@@ -213,4 +216,4 @@ def _ranked(logits: Array, candidates: int) -> Logits:
     ids = np.sort(np.argpartition(full, full.shape[1] - candidates, axis=1)[:, full.shape[1] - candidates :], axis=1)
     values = np.take_along_axis(full, ids, axis=1)
     order = np.argsort(-values, axis=1, kind="stable")
-    return Logits(full, np.take_along_axis(values, order, axis=1), np.take_along_axis(ids, order, axis=1))
+    return Logits.of(full, np.take_along_axis(values, order, axis=1), np.take_along_axis(ids, order, axis=1))

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 
+from ramekin.engine import Engine
+from ramekin.manifest import PROVIDERS
+from ramekin.provider import AUTO
 from ramekin.sampling import SamplingParams
 from ramekin.session import MOST_THREADS
+from ramekin.terminal import say
 
 Command = Callable[..., None]
 
 threads_option = click.option(
     "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads that compute.  [default: the usable cores]"
 )
+provider_option = click.option(
+    "--provider",
+    type=click.Choice([AUTO, *PROVIDERS]),
+    help="Where to compute.  [default: cuda if the model is made for it and it works here, else cpu]",
+)
+
+
+def open_engine(model: Path, provider: str | None, threads: int | None, max_source_tokens: int | None = None) -> Engine:
+    """Load a model; tell where it computes if that is not plain to see."""
+    engine = Engine.load(model, provider or AUTO, threads, max_source_tokens)
+    if provider == AUTO or (provider is None and "cuda" in engine.manifest.providers):
+        say(f"computing on {engine.provider}{engine.not_on_cuda and f': {engine.not_on_cuda}'}")
+    return engine
 
 
 def model_options(command: Command) -> Command:
@@ -21,6 +39,7 @@ def model_options(command: Command) -> Command:
     for option in reversed(
         [
             threads_option,
+            provider_option,
             click.option("--max-source-tokens", type=click.IntRange(1), help="Longest prompt.  [default: the model's]"),
             click.option(
                 "--on-long",

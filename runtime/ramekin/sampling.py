@@ -23,6 +23,7 @@ from ramekin.model import Logits
 
 Ids = npt.NDArray[np.int64]
 
+_NOT_NUMBERS = "the model computed logits that are not numbers; `ramekin verify` tells whether it is intact"
 _SPARE_CANDIDATES = 14  # ranked beyond top_k, so that ties at the k-th place are seen: 64 for the default of 50
 
 
@@ -142,7 +143,7 @@ def choose(
     else:
         places = draw(distribution(ranked, params), draws)
         chosen = np.take_along_axis(ranked.ids, places[:, None], axis=1)[:, 0]
-    return chosen, log_probabilities(logits.full, chosen)
+    return chosen, _log_probabilities_of(logits, chosen)
 
 
 def candidates_of(logits: Logits, histories: Sequence[Sequence[int]], eos: Sequence[int], params: SamplingParams) -> Ranked:
@@ -190,7 +191,7 @@ def _sorted(values: Floats, ids: Ids, outside: npt.NDArray[np.float64] | None = 
 
 def _ranked_enough(ranked: Ranked, logits: Logits, params: SamplingParams) -> bool:
     """Whether the decoder's ranking holds every token that can be drawn, ties at the k-th place included."""
-    if logits.top_values.shape[1] == logits.full.shape[1]:
+    if logits.top_values.shape[1] == logits.vocab_size:
         return True
     if params.greedy:
         return bool((ranked.values[:, 0] > -np.inf).all())
@@ -249,12 +250,24 @@ def draw(probabilities: npt.NDArray[np.float64], draws: npt.NDArray[np.float64])
     return np.asarray((sums <= draws[:, None] * sums[:, -1:]).sum(axis=1))
 
 
+def _log_probabilities_of(logits: Logits, chosen: Ids) -> Floats:
+    """The log-softmax at one token of each row; from the ranking, if the graph has summed the exponentials."""
+    if logits.log_sums is None:
+        return log_probabilities(logits.full, chosen)
+    found = logits.top_ids == chosen[:, None]
+    if not found.any(axis=1).all():
+        return log_probabilities(logits.full, chosen)
+    if not np.isfinite(logits.log_sums).all():
+        raise RamekinError(_NOT_NUMBERS)
+    return np.asarray(logits.top_values[found] - logits.log_sums, np.float32)
+
+
 def log_probabilities(logits: Floats, chosen: Ids) -> Floats:
     """The log-softmax of `(n, vocab)` logits at one token of each row, `(n,)` float32."""
     top = logits.max(axis=1)
     total = np.exp(logits - top[:, None]).sum(axis=1)
     if not np.isfinite(total).all():
-        raise RamekinError("the model computed logits that are not numbers; `ramekin verify` tells whether it is intact")
+        raise RamekinError(_NOT_NUMBERS)
     picked = np.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
     return np.asarray(picked - top - np.log(total), np.float32)
 

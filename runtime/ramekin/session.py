@@ -9,11 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ramekin.errors import ModelFormatError, RuntimeVersionError
-from ramekin.manifest import VersionRange
+from ramekin.errors import ModelFormatError, ProviderError, RuntimeVersionError
+from ramekin.manifest import PROVIDERS, VersionRange
 from ramekin.onnxfile import external_locations
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # more is a slip of the finger, and looks like a hang
 
 
@@ -72,7 +71,14 @@ def _cgroup_folders(proc: Path, cgroup: Path) -> list[Path]:
 
 
 def open_session(
-    ort: Any, path: Path, files: frozenset[str], provider: str, threads: int, rests: bool, fuse: bool = False
+    ort: Any,
+    path: Path,
+    files: frozenset[str],
+    provider: str,
+    threads: int,
+    rests: bool,
+    fuse: bool = False,
+    record: bool = False,
 ) -> Any:
     """Open one graph of a model folder.
 
@@ -87,8 +93,10 @@ def open_session(
         threads: how many threads compute, at least 1.
         rests: let the threads sleep as soon as a run ends, since another session runs next.
         fuse: let onnxruntime fuse operators; ours are fused already, and looking for more only takes time.
+        record: on CUDA, record what a run launches and replay it in later runs with the same `gpu_graph_id`.
 
     Raises:
+        ProviderError: onnxruntime opened it, but not on this provider.
         ModelFormatError: the file is not a graph that onnxruntime can load, or asks for files outside the folder.
     """
     try:
@@ -105,10 +113,21 @@ def open_session(
     if rests:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return _create(ort, path, options, provider)
+        session = _create(ort, path, options, (PROVIDERS[provider], _settings(provider, record)))
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         reason = " ".join(str(error).split())
         raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason[:300]}") from error
+    if PROVIDERS[provider] not in session.get_providers():
+        raise ProviderError(f"{path}: onnxruntime fell back to {', '.join(session.get_providers())} instead of {provider}")
+    return session
+
+
+def _settings(provider: str, record: bool) -> dict[str, str]:
+    """Options of a provider: on CUDA float32 means float32, and memory grows by what is asked for."""
+    if provider != "cuda":
+        return {}
+    exact = {"device_id": "0", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
+    return {**exact, "enable_cuda_graph": "1"} if record else exact
 
 
 def _mapped(path: Path) -> mmap.mmap:
@@ -117,11 +136,11 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _create(ort: Any, path: Path, options: Any, provider: str) -> Any:
+def _create(ort: Any, path: Path, options: Any, provider: tuple[str, dict[str, str]]) -> Any:
     try:
-        return ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]], enable_fallback=0)
+        return ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except RuntimeError as error:
         if "use_per_session_threads" not in str(error):
             raise
         options.use_per_session_threads = False  # the host has made a pool for the whole process: use that
-        return ort.InferenceSession(str(path), options, providers=[PROVIDERS[provider]], enable_fallback=0)
+        return ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)

@@ -120,7 +120,7 @@ def uncompacted(
         everyone = np.zeros(params.n, np.int64)
         everyone[alive] = token_ids
         logits = real_step(self, everyone, cache)
-        return Logits(logits.full[alive], logits.top_values[alive], logits.top_ids[alive])
+        return Logits.of(logits.full[alive], logits.top_values[alive], logits.top_ids[alive])
 
     def keep(self: Cache, rows: list[int]) -> list[int]:
         alive[:] = [alive[row] for row in rows]

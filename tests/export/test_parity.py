@@ -36,9 +36,12 @@ def cases(vocab: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fp32_logits_agree(variant: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine]) -> None:
+@pytest.mark.parametrize("graphs", ["fp32", "fp32-cuda"])
+def test_fp32_logits_agree(
+    variant: str, graphs: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine]
+) -> None:
     """To 1e-4 on logits whose standard deviation is near 1, the scale of T5 v1.0's head included."""
-    engine, reference = exported(variant, "fp32"), load_reference(checkpoint(variant))
+    engine, reference = exported(variant, graphs), load_reference(checkpoint(variant))
     for source, target in cases(VARIANTS[variant]["vocab_size"]):
         expected = reference_logits(reference, source, target)
         assert 0.3 < expected.std() < 3
@@ -46,10 +49,11 @@ def test_fp32_logits_agree(variant: str, checkpoint: Callable[[str], Path], expo
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("graphs", ["fp32", "fp32-cuda"])
 def test_greedy_tokens_are_equal(
-    variant: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine]
+    variant: str, graphs: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine]
 ) -> None:
-    engine, reference = exported(variant, "fp32"), load_reference(checkpoint(variant))
+    engine, reference = exported(variant, graphs), load_reference(checkpoint(variant))
     for source, _ in cases(VARIANTS[variant]["vocab_size"]):
         unpadded = np.where(source == 0, 3, source)  # transformers takes 0 for padding
         with torch.no_grad():
@@ -61,12 +65,15 @@ def test_greedy_tokens_are_equal(
 
 
 @pytest.mark.parametrize("variant", ["flan", "v1.0", "mt5"])
-def test_long_targets_agree(variant: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine]) -> None:
+@pytest.mark.parametrize("graphs", ["fp32", "fp32-cuda"])
+def test_long_targets_agree(
+    variant: str, graphs: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine]
+) -> None:
     """Beyond the largest relative position that has a bucket of its own."""
     rng = np.random.default_rng(1)
     source, target = rng.integers(0, 512, 20), rng.integers(0, 512, 200)
     expected = reference_logits(load_reference(checkpoint(variant)), source, target)
-    np.testing.assert_allclose(exported(variant, "fp32").logits(source, target), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(exported(variant, graphs).logits(source, target), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -205,7 +205,7 @@ main(["export", {str(checkpoint("flan"))!r}, {str(tmp_path / "model")!r}])
 
 
 def test_wrong_arguments(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="precision must be one of fp32, int8, int4, not 'int3'"):
+    with pytest.raises(ValueError, match="precision must be one of fp32, int8, int4, fp32-cuda, bf16, fp16, not 'int3'"):
         export(str(checkpoint("flan")), tmp_path / "model", "int3")
     with pytest.raises(ValueError, match="prompt template: unknown field"):
         export(str(checkpoint("flan")), tmp_path / "model", prompt="{year}")

@@ -87,7 +87,7 @@ def reference(logits: np.ndarray, histories: np.ndarray, params: SamplingParams)
 def ours(logits: np.ndarray, histories: np.ndarray, params: SamplingParams) -> np.ndarray:
     """The same through the runtime's functions, from the ranking that the decoder graph would give where that is used."""
     order = np.argsort(-logits, axis=1, kind="stable")[:, : params.candidates]
-    given = Logits(logits, np.take_along_axis(logits, order, axis=1), order)
+    given = Logits.of(logits, np.take_along_axis(logits, order, axis=1), order)
     ranked = candidates_of(given, histories.tolist(), [EOS], params)
     out = np.zeros(logits.shape)
     np.put_along_axis(out, ranked.ids, distribution(ranked, params), axis=1)

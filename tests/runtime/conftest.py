@@ -8,6 +8,8 @@ import pytest
 from ramekin import Engine
 
 TINY_MODEL = Path(__file__).parent / "model"
+CUDA_MODEL = Path(__file__).parent / "cuda_model"
+"""The same model, in graphs for CUDA."""
 
 
 @pytest.fixture(scope="session")

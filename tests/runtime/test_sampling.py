@@ -25,7 +25,7 @@ def kept(probabilities: list[float], **params: object) -> list[float]:
 def whole(full: np.ndarray, k: int) -> Logits:
     """What the decoder graph returns for these logits."""
     order = np.argsort(-full, axis=1, kind="stable")[:, :k]
-    return Logits(full, np.take_along_axis(full, order, axis=1), order)
+    return Logits.of(full, np.take_along_axis(full, order, axis=1), order)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,195 @@
+"""Where to compute, and what is said where that cannot be: with stand-ins for what this machine does not have."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from ramekin import Engine, ModelFormatError, ProviderError
+from ramekin.cli import main
+from ramekin.manifest import ENCODER, MANIFEST, Manifest
+from ramekin.provider import choose_provider, cuda_problem
+from ramekin.session import open_session
+from tests.runtime.conftest import CUDA_MODEL, TINY_MODEL
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+
+class Ort:
+    """An onnxruntime built for GPUs, which works or says why not."""
+
+    __version__ = "1.31.1"
+
+    def __init__(self, failure: str = "", missing: str = "") -> None:
+        self.OrtValue = SimpleNamespace(ortvalue_from_shape_and_type=self._allocate)
+        self._failure, self._missing = failure, missing
+
+    def _allocate(self, *_: object) -> None:
+        if self._failure:
+            raise RuntimeError(self._failure)
+
+    def preload_dlls(self) -> None:
+        if self._missing:
+            print(self._missing)
+
+    @staticmethod
+    def get_available_providers() -> list[str]:
+        return [CUDA, CPU]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NVIDIA driver."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: name)
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None."""
+
+    def load(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+
+
+@pytest.mark.usefixtures("driver")
+def test_cuda_where_it_works(capsys: pytest.CaptureFixture[str]) -> None:
+    assert choose_provider(Ort(), "cuda", ("cuda",), "bf16") == ("cuda", "")
+    assert choose_provider(Ort(), "auto", ("cuda", "cpu"), "fp32-cuda") == ("cuda", "")
+    assert choose_provider(Ort(), "cpu", ("cuda", "cpu"), "fp32-cuda") == ("cpu", "")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_no_driver() -> None:
+    with pytest.raises(ProviderError, match=r"cannot compute on cuda: there is no NVIDIA driver on this machine"):
+        choose_provider(Ort(), "cuda", ("cuda", "cpu"), "fp32-cuda")
+    provider, reason = choose_provider(Ort(), "auto", ("cuda", "cpu"), "fp32-cuda")
+    assert provider == "cpu"
+    assert "no NVIDIA driver" in reason
+    with pytest.raises(ProviderError, match=r"bf16 graphs are for CUDA only.*--precision int8.*no NVIDIA driver"):
+        choose_provider(Ort(), "auto", ("cuda",), "bf16")
+
+
+@pytest.mark.usefixtures("driver")
+def test_missing_libraries_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """What onnxruntime prints goes into the error, not to stdout."""
+    ort = Ort("CUDA Provider not available", missing="Failed to load libcublasLt.so.13: cannot open")
+    problem = cuda_problem(ort)
+    assert "libcublasLt.so.13" in problem
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in problem
+    assert "\n" not in problem
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_driver_without_a_gpu() -> None:
+    problem = cuda_problem(Ort("CUDA failure 100: no CUDA-capable device is detected ; GPU=0"))
+    assert "no CUDA-capable device is detected" in problem
+
+
+def test_onnxruntime_for_the_cpu() -> None:
+    ort = SimpleNamespace(__version__="1.32.0", get_available_providers=lambda: [CPU])
+    with pytest.raises(ProviderError, match=r"onnxruntime 1\.32\.0 installed here has no CUDA.*ramekin\[gpu\]"):
+        choose_provider(ort, "cuda", ("cuda",), "bf16")
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp32"])
+def test_graphs_for_the_cpu_name_what_to_export(precision: str) -> None:
+    with pytest.raises(ProviderError, match=rf"{precision} graphs are for the CPU only .*--precision bf16.*fp16"):
+        choose_provider(Ort(), "cuda", ("cpu",), precision)
+    assert choose_provider(Ort(), "auto", ("cpu",), precision) == ("cpu", f"this model's {precision} graphs are for the CPU")
+
+
+def test_a_silent_fall_to_the_cpu_is_an_error() -> None:
+    """onnxruntime logs that it cannot set up CUDA, and opens the session on the CPU."""
+
+    def opened(*_: object, **__: object) -> Any:
+        return SimpleNamespace(get_providers=lambda: [CPU])
+
+    ort = SimpleNamespace(
+        SessionOptions=onnxruntime.SessionOptions,
+        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
+        InferenceSession=opened,
+    )
+    files = frozenset(Manifest.load(CUDA_MODEL).files)
+    with pytest.raises(ProviderError, match="fell back to CPUExecutionProvider instead of cuda"):
+        open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=True)
+
+
+def test_settings_of_cuda() -> None:
+    """float32 is float32, and the decoder's steps are recorded."""
+    seen: list[Any] = []
+
+    def opened(*_: object, providers: list[Any], **__: object) -> Any:
+        seen.extend(providers)
+        return SimpleNamespace(get_providers=lambda: [CUDA, CPU])
+
+    ort = SimpleNamespace(
+        SessionOptions=onnxruntime.SessionOptions,
+        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
+        InferenceSession=opened,
+    )
+    files = frozenset(Manifest.load(CUDA_MODEL).files)
+    open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=True)
+    open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=False, record=True)
+    (name, encoder), (_, decoder) = seen
+    assert name == CUDA
+    assert encoder["use_tf32"] == "0"
+    assert "enable_cuda_graph" not in encoder
+    assert decoder == {**encoder, "enable_cuda_graph": "1"}
+
+
+def test_engines_tell_where_they_compute() -> None:
+    engine = Engine.load(CUDA_MODEL, provider="auto")
+    assert engine.provider in ("cpu", "cuda")
+    assert bool(engine.not_on_cuda) == (engine.provider == "cpu")
+    assert Engine.load(TINY_MODEL).provider == "cpu"
+    with pytest.raises(ValueError, match="provider must be one of cpu, cuda, auto, not 'tpu'"):
+        Engine.load(TINY_MODEL, provider="tpu")
+
+
+def test_cuda_works_here_or_says_why_not() -> None:
+    """With any build of onnxruntime, on any machine: in one line on stderr, whatever onnxruntime logs."""
+    command = [sys.executable, "-m", "ramekin", "generate", str(CUDA_MODEL), "--provider", "cuda", "--max-new-tokens", "4"]
+    done = subprocess.run(command, input="a paper", capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        assert done.stderr == ""
+        return
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("ramekin: cannot compute on cuda: ")
+    gpu_build = CUDA in onnxruntime.get_available_providers()
+    assert ("pip install 'ramekin[gpu]'" in done.stderr) == (not gpu_build)
+
+
+def test_the_command_says_what_auto_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompt.txt").write_text("a paper")
+    for model, options, told in (
+        (CUDA_MODEL, [], True),
+        (CUDA_MODEL, ["--provider", "auto"], True),
+        (CUDA_MODEL, ["--provider", "cpu"], False),
+        (TINY_MODEL, [], False),
+        (TINY_MODEL, ["--provider", "auto"], True),
+    ):
+        main(["generate", str(model), str(tmp_path / "prompt.txt"), "--max-new-tokens", "2", "--seed", "1", *options])
+        assert ("ramekin: computing on c" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("providers", [[], ["tpu"], ["cpu", "tpu"], "cpu"])
+def test_a_manifest_with_strange_providers(providers: object, tmp_path: Path) -> None:
+    raw = json.loads((CUDA_MODEL / MANIFEST).read_text())
+    raw["providers"] = providers
+    (tmp_path / MANIFEST).write_text(json.dumps(raw))
+    with pytest.raises(ModelFormatError, match="providers must name one or more of cpu, cuda"):
+        Manifest.load(tmp_path)
