@@ -34,6 +34,7 @@ from ramekin_export.verify import Checks
 JOB = Job(n=16, source=900, tokens=100)
 SAMPLED = SamplingParams(n=4, max_new_tokens=30, seed=7)
 TARGET, PAPERS, REPEAT = 24, 64, 3
+PEERS = ("bfloat16", "fp4", "nf4")
 
 
 class Suite:
@@ -62,14 +63,13 @@ class Suite:
         import torch
         from transformers import BitsAndBytesConfig, T5ForConditionalGeneration
 
-        settings: dict[str, Any] = {"device_map": self._provider}
-        if kind in ("fp4", "nf4"):
-            settings["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type=kind
-            )
-        else:
-            settings["dtype"] = getattr(torch, kind)
-        return T5ForConditionalGeneration.from_pretrained(self._checkpoint, **settings).eval()
+        if kind not in ("fp4", "nf4"):
+            model = T5ForConditionalGeneration.from_pretrained(self._checkpoint, dtype=getattr(torch, kind))
+            return model.to(self._provider).eval()
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type=kind)
+        return T5ForConditionalGeneration.from_pretrained(
+            self._checkpoint, quantization_config=config, device_map=self._provider
+        ).eval()
 
     def logits(self) -> dict[str, Any]:
         """Ours next to transformers' on the same device: largest difference in float32, KL from float32 in half precision."""
@@ -92,8 +92,9 @@ class Suite:
     def nodes(self) -> dict[str, dict[str, int]]:
         """Where the decoder's nodes run, and how many copies between host and device were put in, from a profile."""
         engine, counts = self.ours(self.precisions[0], self._provider), {}
-        ort, options = onnxruntime(engine.manifest.onnxruntime), None
+        ort = onnxruntime(engine.manifest.onnxruntime)
         options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # as in `open_session`
         options.enable_profiling, options.profile_file_prefix = True, str(self._folder / "profile")
         path = self._folder / self.precisions[0] / DECODER
         session = ort.InferenceSession(str(path), options, providers=[PROVIDERS[self._provider]])
@@ -113,7 +114,7 @@ class Suite:
         for precision in self.precisions:
             engine = self.ours(precision, self._provider)
             found[f"ramekin {precision}"] = _median(lambda engine=engine: run_ours(engine, self._job))
-        for kind in ("bfloat16", "fp4", "nf4"):
+        for kind in PEERS:
             model = self.peer(kind)
             found[f"transformers {kind}"] = _median(lambda model=model: self._run_peer(model))
             del model

@@ -7,13 +7,13 @@ from onnx import TensorProto
 
 from ramekin.manifest import (
     DISTANCES,
-    LOG_SUMS,
     LOGITS,
     PAST_LENGTHS,
     SOURCE_LENGTHS,
     TOKEN_IDS,
     TOP_IDS,
     TOP_K,
+    TOP_LOGPROBS,
     TOP_VALUES,
     UNFOLDED,
     cross_names,
@@ -38,9 +38,9 @@ def build_cuda_decoder(
     With rows = prompts * n, the samples of one prompt side by side, all at the same step: `token_ids (rows, 1)`,
     `past_lengths (rows,)`, `distances (capacity,)` = how far each position of the cache lies back (below 0: not filled yet),
     `source_lengths (prompts,)`, `unfolded (3,)` = (prompts, n, heads * head_dim), `top_k (1,)`, `past_* (rows, capacity,
-    heads * head_dim)`, `cross_* (prompts, S, heads * head_dim)` -> `logits (rows, vocab)`, `log_sums (rows, 1)` = the
-    logarithm of the sum of each row's exponentials, `top_values` and `top_ids (rows, top_k)`, `present_*`, which have to be
-    bound to the memory of `past_*`. `unfolded` and `top_k` lie in the host's memory.
+    heads * head_dim)`, `cross_* (prompts, S, heads * head_dim)` -> `logits (rows, vocab)`, `top_values`, `top_ids` and
+    `top_logprobs (rows, top_k)`, `present_*`, which have to be bound to the memory of `past_*`. `unfolded` and `top_k` lie
+    in the host's memory.
     """
     g, dims = GraphBuilder("decoder", weights, OPSET), config.dims
     inner = dims.num_heads * dims.head_dim
@@ -80,13 +80,14 @@ def build_cuda_decoder(
     normed = stack.norm("decoder.final_layer_norm", head.scale)
     last = g.node("Squeeze", [normed, g.constant("axis_1", [1])], "decoder.last")
     project(g, form.head, last, LOGITS, c.tensor(head.weight, dims.vocab_size, dims.d_model))
-    g.node("ReduceLogSumExp", [LOGITS, g.constant("last_axis", [-1])], LOG_SUMS)
     g.nodes("TopK", [LOGITS, top_k], "top", [TOP_VALUES, TOP_IDS], axis=-1)
+    logprobs = g.node("LogSoftmax", [LOGITS], "logprobs", axis=-1)  # a reduction would need cuDNN
+    g.node("GatherElements", [logprobs, TOP_IDS], TOP_LOGPROBS, axis=-1)
 
     g.output(LOGITS, np.float32, ["rows", dims.vocab_size])
-    g.output(LOG_SUMS, np.float32, ["rows", 1])
     g.output(TOP_VALUES, np.float32, ["rows", "top_k"])
     g.output(TOP_IDS, np.int64, ["rows", "top_k"])
+    g.output(TOP_LOGPROBS, np.float32, ["rows", "top_k"])
     for name in present:
         g.output(name, form.products, cache)
     return g

@@ -84,8 +84,8 @@ class Format:
 
     @property
     def head(self) -> FloatLinear:
-        """The logits, float32 whatever the rest is."""
-        return FloatLinear(self.stream, self.products, FLOAT32)
+        """The logits, in float32 whatever the rest is: rounded to bfloat16, half of the likeliest would be equal."""
+        return FloatLinear(self.stream, FLOAT32, FLOAT32)
 
     @property
     def quantized(self) -> bool:

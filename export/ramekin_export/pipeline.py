@@ -66,7 +66,7 @@ def export(
     if Path(source).is_dir() and Path(source).resolve().is_relative_to(out):
         raise FileExistsError(f"{out}: is or holds the checkpoint itself; export to another folder")
     check_target(out, force)
-    recipe, runs = PRECISIONS[precision], _runs_here()
+    recipe, runs = PRECISIONS[precision], _runs_here(VersionRange())
     seen, judged = checks.calibration_papers(), checks.verification_papers()
     writer = Writer(Checkpoint.open(source, revision), prompt)
     with whole_or_not_at_all(out, force) as folder:
@@ -78,7 +78,8 @@ def export(
                 recipe = recipe.rounded_by(calibrate(exact, seen, partial(progress, "calibrate")))
         manifest = writer.write(folder, precision, recipe, partial(progress, f"export {precision}"))
         recipe = PRECISIONS[precision]  # the moments, a gigabyte of a large model's, are done with
-        here = "cpu" in manifest.providers  # else nothing but a GPU can run it
+        able = _runs_here(manifest.onnxruntime)  # graphs for CUDA need a newer one
+        here = able and "cpu" in manifest.providers
         if runs and here:
             manifest = replace(manifest, golden=golden.record(Engine.load(folder)))
         if runs and (not here or (recipe.quantized and checks.verify)):
@@ -86,7 +87,7 @@ def export(
                 writer.write(reference, "fp32", RECIPES["fp32"], partial(progress, "prepare verification"))
                 if not here:
                     manifest = replace(manifest, golden=golden.record(Engine.load(reference)))
-                if checks.verify and (here or not cuda_problem(onnxruntime(manifest.onnxruntime))):
+                if checks.verify and (here or (able and not cuda_problem(onnxruntime(manifest.onnxruntime)))):
                     quality = judge(reference, folder, judged, checks.judged_on, partial(progress, "verify"))
                     manifest = replace(manifest, quality=quality)
             if manifest.quality and not checks.allow_quality_loss:
@@ -102,9 +103,9 @@ def _require(quality: Mapping[str, Any]) -> None:
         raise VerificationError(f"{error}; --allow-quality-loss keeps the model as it is") from None
 
 
-def _runs_here() -> bool:
+def _runs_here(supported: VersionRange) -> bool:
     try:
-        onnxruntime(VersionRange())
+        onnxruntime(supported)
     except RuntimeVersionError:
         return False
     return True

@@ -23,7 +23,7 @@ from ramekin.inputs import read_papers, read_prompts
 from ramekin.options import Command, model_options, open_engine, sampling_options
 from ramekin.paper import Paper, QAPair, build_prompt
 from ramekin.sampling import SamplingParams
-from ramekin.terminal import Item, is_terminal, progress, say
+from ramekin.terminal import Item, is_terminal, progress_in_groups, say
 
 
 class _Commands(click.Group):
@@ -107,7 +107,7 @@ def generate(
     labels = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     sources = _sources(engine, labels, prompts, on_long)
     pairs = list(zip(prompts, sources, strict=True))
-    for group in progress(_groups(pairs, 1 if stream else engine.model.prompts_at_once), "prompts"):
+    for group in progress_in_groups(_groups(pairs, 1 if stream else engine.model.prompts_at_once), "prompts"):
         done: list[list[Completion]] = [[] for _ in group]
         try:
             for number, event in engine.stream_many([source for _, source in group], params):
@@ -117,8 +117,8 @@ def generate(
                         click.echo(f"[{event.index}] {event.text}")
                 elif stream and not as_json and params.n == 1:
                     click.echo(event.text, nl=False)
-        except KeyboardInterrupt:
-            _tell(group, done, as_json, params.n, streamed=stream)  # what is finished is not lost
+        except (KeyboardInterrupt, SystemExit, RamekinError):
+            _tell(*_begun(group, done), as_json, params.n, streamed=stream)  # what is finished is not lost
             raise
         _tell(group, done, as_json, params.n, streamed=stream)
 
@@ -200,14 +200,16 @@ def questions(
     labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
     prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
     sources = _sources(engine, labels, prompts, on_long)
-    for group in progress(_groups(list(zip(papers, sources, strict=True)), engine.model.prompts_at_once), "papers"):
+    for group in progress_in_groups(
+        _groups(list(zip(papers, sources, strict=True)), engine.model.prompts_at_once), "papers"
+    ):
         done: list[list[Completion]] = [[] for _ in group]
         try:
             for number, event in engine.stream_many([source for _, source in group], params):
                 if isinstance(event, Completion):
                     done[number].append(event)
-        except KeyboardInterrupt:
-            tell(group, done)  # what is finished is not lost
+        except (KeyboardInterrupt, SystemExit, RamekinError):
+            tell(*_begun(group, done))  # what is finished is not lost
             raise
         tell(group, done)
     if malformed and not as_json:
@@ -228,6 +230,12 @@ def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str
                 raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
             say(f"{label}: {each.message}" if len(labels) > 1 else each.message)
     return sources
+
+
+def _begun(group: list[Item], done: list[list[Completion]]) -> tuple[list[Item], list[list[Completion]]]:
+    """Those of a group that have finished samples; all of a group of one."""
+    kept = [place for place, samples in enumerate(done) if samples or len(group) == 1]
+    return [group[place] for place in kept], [done[place] for place in kept]
 
 
 def _groups(items: list[Item], size: int) -> list[list[Item]]:

@@ -7,23 +7,23 @@ once for each size of job and only replayed from then on. The same graphs in flo
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from threading import RLock
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ramekin.cache import Floats
+from ramekin.device_memory import BYTES, FLOATS, Plan, Pool, device_errors
 from ramekin.errors import ModelFormatError, ProviderError, RamekinError
 from ramekin.manifest import (
     DECODER,
     DISTANCES,
     ENCODER,
     INPUT_IDS,
-    LOG_SUMS,
     LOGITS,
     PAST_LENGTHS,
     POSITIONS,
@@ -31,116 +31,23 @@ from ramekin.manifest import (
     TOKEN_IDS,
     TOP_IDS,
     TOP_K,
+    TOP_LOGPROBS,
     TOP_VALUES,
     UNFOLDED,
-    Dims,
     Manifest,
     cross_names,
     past_names,
     present_names,
 )
-from ramekin.model import Logits, Shapes, check_tensors, run_bound
+from ramekin.model import Logits, Shapes, check_tensors
 from ramekin.session import onnxruntime, open_session
 
-FLOAT32, INT64 = 1, 7  # ONNX's numbers for element types
-_FLOATS = {"tensor(float)": FLOAT32, "tensor(float16)": 10, "tensor(bfloat16)": 16}
-_BYTES = {FLOAT32: 4, INT64: 8, 10: 2, 16: 2}
 SOURCE_STEP, CAPACITY_STEP = 64, 8
-"""Prompts and caches are as long as a multiple of these, so that jobs of about the same size share memory and graphs."""
+"""Prompts and caches are as long as a multiple of these, so that jobs of about the same size share memory and recordings."""
+_TOGETHER = 16  # prompts
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Tensors that live on the device together.
-
-    Attributes:
-        tensors: name, shape and ONNX element type of each.
-    """
-
-    tensors: tuple[tuple[str, tuple[int, ...], int], ...]
-
-    @property
-    def bytes(self) -> int:
-        """How much memory they take."""
-        return sum(prod(shape) * _BYTES[kind] for _, shape, kind in self.tensors)
-
-    @classmethod
-    def of_prompts(cls, dims: Dims, floats: int, prompts: int, source: int) -> Plan:
-        """What is kept of prompts of `source` tokens, padding included: cross-attention keys and values, and the lengths."""
-        inner = dims.num_heads * dims.head_dim
-        cross = [(name, (prompts, source, inner), floats) for name in cross_names(dims.decoder_layers)]
-        return cls(((SOURCE_LENGTHS, (prompts,), INT64), *cross))
-
-    @classmethod
-    def of_samples(cls, dims: Dims, floats: int, rows: int, capacity: int, candidates: int) -> Plan:
-        """What `rows` samples need: caches of `capacity` tokens, what is fed at a step, and what comes out."""
-        inner = dims.num_heads * dims.head_dim
-        past = [(name, (rows, capacity, inner), floats) for name in past_names(dims.decoder_layers)]
-        fed = [(TOKEN_IDS, (rows, 1), INT64), (PAST_LENGTHS, (rows,), INT64), (DISTANCES, (capacity,), INT64)]
-        predicted = [(LOGITS, (rows, dims.vocab_size), FLOAT32), (LOG_SUMS, (rows, 1), FLOAT32)]
-        ranked = [(TOP_VALUES, (rows, candidates), FLOAT32), (TOP_IDS, (rows, candidates), INT64)]
-        return cls((*fed, *predicted, *ranked, *past))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """A plan's tensors, allocated.
-
-    Attributes:
-        values: OrtValues by name.
-        number: no other memory of the process's life has it, even at the same address.
-    """
-
-    values: Mapping[str, Any]
-    number: int
-
-
-class Pool:
-    """Memory on one device. What is lent comes back when its borrower is gone."""
-
-    def __init__(self, ort: Any, device: str) -> None:
-        self._ort, self._device, self._made = ort, device, 0
-        self._idle: dict[Plan, list[Memory]] = {}
-
-    def lend(self, plan: Plan, borrower: object) -> Memory:
-        """Memory of this plan, used before or new.
-
-        Raises:
-            ProviderError: there is not enough of it, even after giving up what lies idle.
-        """
-        idle = self._idle.setdefault(plan, [])
-        memory = idle.pop() if idle else self._make(plan)
-        weakref.finalize(borrower, idle.append, memory)
-        return memory
-
-    def _make(self, plan: Plan) -> Memory:
-        for last in (False, True):
-            try:
-                make = self._ort.OrtValue.ortvalue_from_shape_and_type
-                values = {name: make(list(shape), kind, self._device, 0) for name, shape, kind in plan.tensors}
-            except Exception as error:  # onnxruntime raises a dozen unrelated types
-                if last:
-                    raise out_of_memory(error, plan.bytes) from None
-                for idle in self._idle.values():
-                    idle.clear()
-            else:
-                break
-        for name, shape, kind in plan.tensors:
-            if name.startswith("past_"):  # attention multiplies what it masks by 0, and fresh memory may hold NaN
-                values[name].update_inplace(np.zeros(shape, np.float32 if kind == FLOAT32 else np.float16))
-        self._made += 1
-        return Memory(values, self._made)
-
-
-def out_of_memory(error: Exception, needed: int) -> ProviderError:
-    """What to say when the device has no memory left for `needed` bytes more."""
-    reason = " ".join(str(error).split())[:200]
-    return ProviderError(
-        f"too little memory on the GPU: this job needs {needed / 1e9:.1f} GB beside the weights; ask for fewer or shorter "
-        f"samples, or for fewer prompts at once ({reason})"
-    )
+Result = TypeVar("Result")
 
 
 class CudaCross:
@@ -180,31 +87,30 @@ class CudaCache:
 
 
 class CudaModel:
-    """An encoder and a decoder graph of the layout "cuda" that agree with a manifest."""
-
-    prompts_at_once = 16
+    """An encoder and a decoder graph of the layout "cuda" that agree with a manifest. One thread at a time computes."""
 
     def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, device: str) -> None:
         """Take open sessions; `device` is where their inputs and outputs lie, "cuda" or "cpu"."""
         self.dims = dims = manifest.dims
+        self.prompts_at_once = _TOGETHER if device == "cuda" else 1
         self._ort, self._encoder, self._decoder, self._device = ort, encoder, decoder, device
-        self._pool = Pool(ort, device)
-        self._graphs: dict[tuple[int, int], int] = {}
+        self._pool, self._lock, self._records = Pool(ort, device), RLock(), device == "cuda"
+        self._recordings: dict[tuple[int, int], int] = {}
         layers, inner = dims.decoder_layers, dims.num_heads * dims.head_dim
         prompt: Shapes = {SOURCE_LENGTHS: (None,)}
         cross: Shapes = dict.fromkeys(cross_names(layers), (None, None, inner))
         past: Shapes = dict.fromkeys(past_names(layers), (None, None, inner))
         present: Shapes = dict.fromkeys(present_names(layers), (None, None, inner))
         fed: Shapes = {TOKEN_IDS: (None, 1), PAST_LENGTHS: (None,), DISTANCES: (None,), UNFOLDED: (3,), TOP_K: (1,)}
-        ranked: Shapes = {TOP_VALUES: (None, None), TOP_IDS: (None, None), LOG_SUMS: (None, 1)}
+        ranked: Shapes = dict.fromkeys((TOP_VALUES, TOP_IDS, TOP_LOGPROBS), (None, None))
         check_tensors(ENCODER, encoder.get_inputs(), {**prompt, INPUT_IDS: (None, None), POSITIONS: (None,)})
         check_tensors(ENCODER, encoder.get_outputs(), cross)
         check_tensors(DECODER, decoder.get_inputs(), {**prompt, **fed, **past, **cross})
         check_tensors(DECODER, decoder.get_outputs(), {LOGITS: (None, dims.vocab_size), **ranked, **present})
         kinds = {each.type for each in [*encoder.get_outputs(), *decoder.get_inputs()] if each.name in {**cross, **past}}
-        if len(kinds) != 1 or not kinds <= _FLOATS.keys():
+        if len(kinds) != 1 or not kinds <= FLOATS.keys():
             raise ModelFormatError(f"{DECODER}: caches of {', '.join(sorted(kinds))}; export the model again")
-        self._floats = _FLOATS[kinds.pop()]
+        self._floats = FLOATS[kinds.pop()]
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, provider: str, threads: int) -> CudaModel:
@@ -217,7 +123,12 @@ class CudaModel:
         """
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
         encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True)
-        decoder = open_session(ort, folder / DECODER, files, provider, threads, rests=False, record=True)
+        try:
+            decoder = open_session(ort, folder / DECODER, files, provider, threads, rests=False, record=True)
+        except ModelFormatError as error:
+            if not _about_recording(error):
+                raise
+            decoder = open_session(ort, folder / DECODER, files, provider, threads, rests=False)
         return cls(ort, encoder, decoder, manifest, provider)
 
     def prefill(self, *prompts: Ids) -> CudaCross:
@@ -227,24 +138,28 @@ class CudaModel:
         ids = np.zeros((len(prompts), source), np.int64)
         for row, each in zip(ids, prompts, strict=True):
             row[: len(each)] = each
-        cross = CudaCross(self._pool, Plan.of_prompts(self.dims, self._floats, len(prompts), source), len(prompts))
+        plan = Plan.of_prompts(self.dims, self._floats, len(prompts), source)
+        scratch = len(prompts) * self.dims.num_heads * source**2 * BYTES[self._floats]
+        return self._twice(lambda: self._encode(ids, lengths, plan), plan.bytes + scratch)
+
+    def _encode(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], plan: Plan) -> CudaCross:
+        cross = CudaCross(self._pool, plan, len(lengths))
         values = cross.memory.values
         values[SOURCE_LENGTHS].update_inplace(lengths)
         binding = self._encoder.io_binding()
         binding.bind_cpu_input(INPUT_IDS, ids)
-        binding.bind_cpu_input(POSITIONS, np.arange(source))
+        binding.bind_cpu_input(POSITIONS, np.arange(ids.shape[1]))
         binding.bind_ortvalue_input(SOURCE_LENGTHS, values[SOURCE_LENGTHS])
         for name in cross_names(self.dims.decoder_layers):
             binding.bind_ortvalue_output(name, values[name])
-        scratch = len(prompts) * self.dims.num_heads * source**2 * _BYTES[self._floats]
-        self._run(self._encoder, binding, cross.bytes + scratch)
+        self._encoder.run_with_iobinding(binding)
         return cross
 
     def new_cache(self, cross: CudaCross, rows: int, capacity: int, candidates: int) -> CudaCache:
         """An empty cache for `rows` samples, as many of each prompt, of at most `capacity` tokens."""
         held = _rounded_up(capacity, CAPACITY_STEP)
         plan = Plan.of_samples(self.dims, self._floats, rows, held, min(candidates, self.dims.vocab_size))
-        return CudaCache(self._pool, plan, cross, rows, held)
+        return self._twice(lambda: CudaCache(self._pool, plan, cross, rows, held), plan.bytes)
 
     def step(self, token_ids: Ids, cache: CudaCache) -> Logits:
         """Feed one token to each running sample of `cache`, which grows by one position.
@@ -255,18 +170,35 @@ class CudaModel:
         """
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full: its capacity is {cache.capacity} tokens")
+        cache.fed[cache.active, 0] = token_ids
+        try:
+            logits = self._twice(lambda: self._decode(cache), cache.bytes)
+        except RamekinError as error:
+            if not self._records or not _about_recording(error):
+                raise
+            warnings.warn(f"steps are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            self._records, cache.binding = False, None
+            logits = self._twice(lambda: self._decode(cache), cache.bytes)
+        cache.length += 1
+        return logits
+
+    def _decode(self, cache: CudaCache) -> Logits:
+        """One step; doing it again changes nothing."""
         values, active = cache.memory.values, cache.active
-        cache.fed[active, 0] = token_ids
         values[TOKEN_IDS].update_inplace(cache.fed)
         values[PAST_LENGTHS].update_inplace(np.full(cache.rows, cache.length, np.int64))
         values[DISTANCES].update_inplace(cache.length - np.arange(cache.capacity))
         if cache.binding is None:
             cache.binding = self._bind(cache)
         binding, options, _ = cache.binding
-        self._run(self._decoder, binding, cache.bytes, options)
-        cache.length += 1
-        top_values, top_ids, log_sums = (values[name].numpy()[active] for name in (TOP_VALUES, TOP_IDS, LOG_SUMS))
-        return Logits(top_values, top_ids, self.dims.vocab_size, lambda: values[LOGITS].numpy()[active], log_sums[:, 0])
+        self._decoder.run_with_iobinding(binding, options)
+        top_values, top_ids, logprobs = (values[name].numpy()[active] for name in (TOP_VALUES, TOP_IDS, TOP_LOGPROBS))
+        return Logits(top_values, top_ids, self.dims.vocab_size, lambda: self._fetch(cache, active), logprobs)
+
+    def _fetch(self, cache: CudaCache, active: npt.NDArray[np.intp]) -> Floats:
+        """All logits of the last step of `cache`, whose memory is its own as long as somebody may ask."""
+        rows: Floats = self._twice(lambda: cache.memory.values[LOGITS].numpy()[active], cache.bytes)
+        return rows
 
     def _bind(self, cache: CudaCache) -> tuple[Any, Any, Any]:
         """A binding of the decoder to the memory of `cache`, options to run it with, and what must live as long."""
@@ -279,23 +211,31 @@ class CudaModel:
         fed = {name: values[name] for name in (TOKEN_IDS, PAST_LENGTHS, DISTANCES, *past_names(layers))}
         for name, value in {**kept, **fed, **cache.cross.memory.values}.items():
             binding.bind_ortvalue_input(name, value)
-        for name in (LOGITS, LOG_SUMS, TOP_VALUES, TOP_IDS):
+        for name in (LOGITS, TOP_VALUES, TOP_IDS, TOP_LOGPROBS):
             binding.bind_ortvalue_output(name, values[name])
         for name, output in zip(past_names(layers), present_names(layers), strict=True):
             binding.bind_ortvalue_output(output, values[name])
         options = self._ort.RunOptions()
-        if self._device == "cuda":  # what was recorded with these addresses is replayed
+        if self._device == "cuda":  # what was recorded with these addresses is replayed; -1: nothing is
             key = cache.cross.memory.number, cache.memory.number
-            options.add_run_config_entry("gpu_graph_id", str(self._graphs.setdefault(key, len(self._graphs) + 1)))
+            number = self._recordings.setdefault(key, len(self._recordings) + 1) if self._records else -1
+            options.add_run_config_entry("gpu_graph_id", str(number))
         return binding, options, (kept, host)
 
-    def _run(self, session: Any, binding: Any, needed: int, options: Any = None) -> None:
-        try:
-            run_bound(session, binding, options)
-        except RamekinError as error:
-            if any(sign in str(error).lower() for sign in ("out of memory", "failed to allocate", "alloc_failed")):
-                raise out_of_memory(error, needed) from None
-            raise
+    def _twice(self, run: Callable[[], Result], needed: int) -> Result:
+        """Run something on the device; once more without idle memory, if there was too little."""
+        with self._lock:
+            try:
+                with device_errors(self._device, needed):
+                    return run()
+            except ProviderError:
+                self._pool.give_up_idle()
+                with device_errors(self._device, needed):
+                    return run()
+
+
+def _about_recording(error: Exception) -> bool:
+    return "captur" in str(error).lower()
 
 
 def _rounded_up(size: int, step: int) -> int:

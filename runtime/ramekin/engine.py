@@ -174,7 +174,7 @@ class Engine:
             yield event
 
     def generate_many(self, sources: Sequence[Source], params: SamplingParams | None = None) -> list[list[Completion]]:
-        """All samples of several prompts: for each prompt what `generate` gives, whichever others there are."""
+        """All samples of several prompts: for each prompt what `generate` gives, up to rounding (see `stream`)."""
         done: list[list[Completion]] = [[] for _ in sources]
         for number, event in self.stream_many(sources, params):
             if isinstance(event, Completion):

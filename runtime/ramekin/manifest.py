@@ -33,7 +33,8 @@ INPUT_IDS, ENCODER_HIDDEN = "input_ids", "encoder_hidden"
 TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
 LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
 # Graphs for CUDA have others of other shapes, see `build_cuda_encoder` and `build_cuda_decoder`, and these besides.
-SOURCE_LENGTHS, POSITIONS, DISTANCES, UNFOLDED, LOG_SUMS = "source_lengths", "positions", "distances", "unfolded", "log_sums"
+SOURCE_LENGTHS, POSITIONS, DISTANCES, UNFOLDED = "source_lengths", "positions", "distances", "unfolded"
+TOP_LOGPROBS = "top_logprobs"
 
 
 def cross_names(layers: int) -> list[str]:
@@ -203,6 +204,8 @@ class Manifest:
         object.__setattr__(self, "providers", tuple(self.providers))
         if not self.providers or set(self.providers) - set(PROVIDERS):
             raise ModelFormatError(f"providers must name one or more of {', '.join(PROVIDERS)}, not {self.providers!r}")
+        if "cuda" in self.providers and self.layout != "cuda":
+            raise ModelFormatError(f"graphs of the layout {self.layout!r} cannot be computed on cuda")
         missing = needed[self.layout] - set(self.files)
         if missing:
             raise ModelFormatError(f"files must list {', '.join(sorted(missing))}")

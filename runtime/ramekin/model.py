@@ -35,6 +35,7 @@ from ramekin.manifest import (
 from ramekin.session import onnxruntime, open_session
 
 Shapes = Mapping[str, tuple[int | None, ...]]
+_NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "int64")}
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Logits:
         top_ids: their tokens, `(n, k)` int64.
         vocab_size: how many logits there are.
         fetch: gets all of them, `(n, vocab)` float32, which may have to come from another device.
-        log_sums: the logarithm of the sum of all exponentials, `(n,)` float32, where the graph computes it.
+        top_logprobs: their log-probabilities, `(n, k)` float32, where the graph computes them.
     """
 
     top_values: Floats
     top_ids: npt.NDArray[np.int64]
     vocab_size: int
     fetch: Callable[[], Floats]
-    log_sums: Floats | None = None
+    top_logprobs: Floats | None = None
 
     @classmethod
     def of(cls, full: Floats, top_values: Floats, top_ids: npt.NDArray[np.int64]) -> Logits:
@@ -201,7 +202,7 @@ def run_bound(session: Any, binding: Any, options: Any = None) -> None:
 
 
 def check_tensors(graph: str, found: Sequence[Any], expected: Shapes) -> None:
-    """Compare a graph's inputs or outputs with names and shapes; None stands for any size.
+    """Compare a graph's inputs or outputs with names and shapes; None stands for any size. All must be numbers.
 
     Raises:
         ModelFormatError: they differ.
@@ -213,3 +214,6 @@ def check_tensors(graph: str, found: Sequence[Any], expected: Shapes) -> None:
             raise ModelFormatError(f"{graph}: does not belong to this manifest (tensor {name!r}); export the model again")
         if any(size not in (None, actual) for size, actual in zip(wanted, given, strict=True)):
             raise ModelFormatError(f"{graph}: tensor {name!r} has shape {given}, but the manifest says {list(wanted)}")
+    for each in found:
+        if each.type not in _NUMBERS:
+            raise ModelFormatError(f"{graph}: tensor {each.name!r} is of type {each.type}; export the model again")

@@ -51,7 +51,8 @@ def choose_provider(ort: Any, wanted: str, offered: Sequence[str], precision: st
 def _only(precision: str, offered: Sequence[str]) -> str:
     if "cuda" in offered:
         return (
-            f"this model's {precision} graphs are for CUDA only (for a CPU: `ramekin export --precision int8`, int4 or fp32)"
+            f"this model's {precision} graphs are for CUDA only: provider cuda "
+            "(for a CPU: `ramekin export --precision int8`, int4 or fp32)"
         )
     return (
         f"this model's {precision} graphs are for the CPU only (for a GPU: `ramekin export --precision bf16`, "
@@ -74,12 +75,17 @@ def cuda_problem(ort: Any) -> str:
     except OSError:
         return f"there is no NVIDIA driver on this machine ({_DRIVER} cannot be loaded)"
     told = _preload(ort)
+    if "Please follow" in told:  # a library is missing; onnxruntime would now log what it has just said
+        return f"CUDA does not work here ({_short(told)}); libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
     try:
         ort.OrtValue.ortvalue_from_shape_and_type([1], 1, "cuda", 0)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        reason = " ".join((told or str(error)).split())[:300]
-        return f"CUDA does not work here ({reason}); libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        return f"CUDA does not work here ({_short(told or str(error))})"
     return ""
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:300]
 
 
 def _preload(ort: Any) -> str:

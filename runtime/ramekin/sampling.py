@@ -251,15 +251,18 @@ def draw(probabilities: npt.NDArray[np.float64], draws: npt.NDArray[np.float64])
 
 
 def _log_probabilities_of(logits: Logits, chosen: Ids) -> Floats:
-    """The log-softmax at one token of each row; from the ranking, if the graph has summed the exponentials."""
-    if logits.log_sums is None:
+    """The log-softmax at one token of each row; from the ranking, if it has them."""
+    if not ((chosen >= 0) & (chosen < logits.vocab_size)).all():
+        raise RamekinError("the model ranked tokens that there are not; `ramekin verify` tells whether it is intact")
+    if logits.top_logprobs is None:
         return log_probabilities(logits.full, chosen)
     found = logits.top_ids == chosen[:, None]
     if not found.any(axis=1).all():
         return log_probabilities(logits.full, chosen)
-    if not np.isfinite(logits.log_sums).all():
+    picked = np.take_along_axis(logits.top_logprobs, found.argmax(axis=1)[:, None], axis=1)[:, 0]
+    if not np.isfinite(picked).all():
         raise RamekinError(_NOT_NUMBERS)
-    return np.asarray(logits.top_values[found] - logits.log_sums, np.float32)
+    return picked
 
 
 def log_probabilities(logits: Floats, chosen: Ids) -> Floats:

@@ -112,6 +112,9 @@ def open_session(
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fuse else levels.ORT_ENABLE_BASIC
     if rests:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if provider != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # not for single nodes either
+    options.enable_mem_pattern = not record  # memory that is planned anew must not move under what was recorded
     try:
         session = _create(ort, path, options, (PROVIDERS[provider], _settings(provider, record)))
     except Exception as error:  # onnxruntime raises a dozen unrelated types

@@ -13,11 +13,20 @@ Item = TypeVar("Item")
 
 def progress(items: list[Item], what: str) -> Iterator[Item]:
     """The items, with a progress bar on stderr if there are several and a person watches it, and not the results."""
-    if len(items) < 2 or not is_terminal(sys.stderr) or is_terminal(sys.stdout):
-        yield from items
+    for (item,) in progress_in_groups([[each] for each in items], what):
+        yield item
+
+
+def progress_in_groups(groups: list[list[Item]], what: str) -> Iterator[list[Item]]:
+    """Groups of items, with such a bar that counts items."""
+    total = sum(map(len, groups))
+    if total < 2 or not is_terminal(sys.stderr) or is_terminal(sys.stdout):
+        yield from groups
         return
-    with click.progressbar(items, label=what, file=sys.stderr, show_pos=True) as bar:
-        yield from bar
+    with click.progressbar(length=total, label=what, file=sys.stderr, show_pos=True) as bar:
+        for group in groups:
+            yield group
+            bar.update(len(group))
 
 
 def is_terminal(stream: Any) -> bool:

@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.runtime.conftest import TINY_MODEL
+from ramekin import Completion, Engine, RamekinError
+from ramekin.cli import main
+from tests.runtime.conftest import CUDA_MODEL, TINY_MODEL
 from tests.runtime.test_bad_input import run
 
 PAPER = {"title": "T", "abstract": "We propose a parser.", "introduction": "It is new."}
@@ -182,3 +186,37 @@ main([{command!r}, {str(TINY_MODEL)!r}, {paper!r}, *options])
     assert 0 < len(samples) < 32
     assert all(len(sample["token_ids"]) <= 61 and sample["finish_reason"] == "eos" for sample in samples)
     assert done.stderr.strip() == "ramekin: stopped"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RamekinError("a GPU that fails")])
+def test_what_is_finished_of_a_group_is_not_lost(
+    end: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several prompts at once, as on a GPU: those with finished samples are told of, and no others."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(f"prompt {number}") + "\n" for number in range(5)))
+    command = ["generate", str(CUDA_MODEL), str(prompts), "-n", "2", "--seed", "1", "--provider", "cpu", "--json"]
+    main(command)
+    whole = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    load, many = Engine.load, Engine.stream_many
+
+    def grouped(*arguments: Any) -> Engine:
+        engine = load(*arguments)
+        engine.model.prompts_at_once = 3
+        return engine
+
+    def stopped(*arguments: Any) -> Iterator[Any]:
+        for number, event in many(*arguments):
+            yield number, event
+            if isinstance(event, Completion):
+                raise end
+
+    monkeypatch.setattr(Engine, "load", grouped)
+    main(command)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == whole
+    monkeypatch.setattr(Engine, "stream_many", stopped)
+    with pytest.raises(SystemExit):
+        main(command)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(each["samples"]) for each in told] == [1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ramekin import Completion, Engine, ProviderError, RamekinError, SamplingParams
-from ramekin.cuda_model import CudaModel, Plan, Pool
-from ramekin.manifest import TOP_K, Dims
+from ramekin import Completion, Engine, ModelFormatError, ProviderError, RamekinError, SamplingParams
+from ramekin.cuda_model import CudaModel
+from ramekin.device_memory import Plan, Pool
+from ramekin.manifest import TOP_K, Dims, Manifest
+from ramekin.session import open_session
 from tests.runtime.conftest import CUDA_MODEL
 
 LARGE = Dims(vocab_size=32128, d_model=1024, d_ff=2816, num_heads=16, head_dim=64, encoder_layers=24, decoder_layers=24)
@@ -21,9 +24,13 @@ PROMPTS = [list(range(3, 3 + length)) for length in (1, 7, 90, 64, 33)]
 PARAMS = SamplingParams(n=3, max_new_tokens=30, seed=11, top_k=20)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cuda() -> Engine:
-    return Engine.load(CUDA_MODEL, provider="cpu", threads=2)
+    """On the CPU, in groups as on a GPU."""
+    engine = Engine.load(CUDA_MODEL, provider="cpu", threads=2)
+    assert engine.model.prompts_at_once == 1
+    engine.model.prompts_at_once = 16
+    return engine
 
 
 def test_the_same_samples_as_the_graphs_for_the_cpu(cuda: Engine, engine: Engine) -> None:
@@ -47,8 +54,8 @@ def test_prompts_do_not_see_each_other(cuda: Engine) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 16])
-def test_many_prompts_in_groups(size: int, cuda: Engine, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaModel, "prompts_at_once", size)
+def test_many_prompts_in_groups(size: int, cuda: Engine, engine: Engine) -> None:
+    cuda.model.prompts_at_once = size
     found = cuda.generate_many(PROMPTS, PARAMS)
     expected = engine.generate_many(PROMPTS, PARAMS)
     assert [[each.token_ids for each in one] for one in found] == [[each.token_ids for each in one] for one in expected]
@@ -124,33 +131,143 @@ class Borrower:
 
 def test_too_little_memory_is_one_clear_line() -> None:
     plan = Plan((("logits", (1000, 1000), 1),))
-    with pytest.raises(ProviderError, match=r"too little memory on the GPU: this job needs 0\.0 GB.*fewer or shorter"):
+    with pytest.raises(ProviderError, match=r"too little memory \(cuda\): this job needs 0\.0 GB.*fewer or shorter samples"):
         Pool(Small(10**6), "cuda").lend(plan, Borrower())
 
 
-def test_idle_memory_is_given_up_first() -> None:
-    device, one, other = Small(10**6), Plan((("logits", (200, 1000), 1),)), Plan((("logits", (220, 1000), 1),))
-    pool = Pool(device, "cuda")
-    borrower = Borrower()
-    memory = pool.lend(one, borrower)
-    del borrower
+def test_some_memory_is_kept_for_the_next_job(cuda: Engine) -> None:
+    pool, borrowers = Pool(onnxruntime, "cpu"), [Borrower() for _ in range(9)]
+    plans = [Plan((("logits", (1, width), 1),)) for width in range(1, 10)]
+    lent = [pool.lend(plan, borrower) for plan, borrower in zip(plans, borrowers, strict=True)]
+    while borrowers:
+        del borrowers[0]
+    again = [pool.lend(plan, Borrower()) for plan in plans[-4:]]
+    assert again == lent[-4:]
+    assert pool.lend(plans[0], Borrower()).number == 10
+    pool.give_up_idle()
+    assert pool.lend(plans[-1], Borrower()).number == 11
+
+
+# As onnxruntime 1.31.1 words it: what matters stands behind hundreds of characters.
+OUT_OF_MEMORY = (
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Attention node. "
+    "Name:'decoder.block.0.layer.0.SelfAttention.heads/Attention' Status Message: /onnxruntime_src/onnxruntime/core/"
+    "framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) Failed "
+    "to allocate "
+    "memory for requested buffer of size 1099511627776"
+)
+
+
+class Failing:
+    """A session that fails some times before it works."""
+
+    def __init__(self, session: Any, *texts: str) -> None:
+        self._session, self._texts = session, list(texts)
+        self.ids: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
+        with contextlib.suppress(RuntimeError):  # it has none
+            self.ids.append(options.get_run_config_entry("gpu_graph_id"))
+        if self._texts:
+            raise RuntimeError(self._texts.pop(0))
+        self._session.run_with_iobinding(binding, options)
+
+
+@pytest.mark.parametrize("text", [OUT_OF_MEMORY, "CUDA failure 2: out of memory ; GPU=0", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_step_without_memory(text: str, cuda: Engine) -> None:
+    """Idle memory is given up and the step tried once more; then it is told."""
+    model: Any = cuda.model
+    cuda.generate([9, 9, 1], PARAMS)
+    cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
+    session = model._decoder
+    model._decoder = Failing(session, text, text)
+    with pytest.raises(ProviderError, match=r"too little memory \(cpu\).*fewer or shorter samples"):
+        model.step([0, 0], cache)
+    assert not model._pool._idle
+    cache.binding = None
+    model._decoder = Failing(session, text)
+    model.step([0, 0], cache)
+    assert cache.length == 1
+
+
+def test_other_failures_are_one_line_too(cuda: Engine) -> None:
+    model: Any = cuda.model
+    cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
+    model._decoder = Failing(model._decoder, "CUDA failure 700:\n an illegal memory access was encountered")
+    with pytest.raises(RamekinError, match="onnxruntime failed: CUDA failure 700: an illegal memory access"):
+        model.step([0, 0], cache)
+
+
+def test_recordings_have_a_number_for_each_size_of_job(cuda: Engine) -> None:
+    """As on a GPU, but for the copies; -1 means that nothing is recorded, which is what a failure leads to."""
+    model: Any = cuda.model
+    model._records, model._decoder = True, Failing(model._decoder)
+    bind = model._bind
+
+    def recorded(cache: Any) -> Any:
+        model._device = "cuda"
+        try:
+            return bind(cache)
+        finally:
+            model._device = "cpu"
+
+    model._bind = recorded
+    caches = [model.new_cache(model.prefill([3, 1]), rows, 8, 4) for rows in (2, 3)]
+    for cache in (*caches, *caches):
+        model.step([0] * cache.rows, cache)
+    assert model._decoder.ids == ["1", "2", "1", "2"]
+    model._decoder = Failing(model._decoder._session, "Graph capture did not complete after 2 runs")
+    caches[0].binding = None
+    with pytest.warns(RuntimeWarning, match="steps are not recorded as CUDA graphs: .*did not complete"):
+        model.step([0, 0], caches[0])
+    model.step([0, 0], caches[0])
+    assert model._decoder.ids == ["1", "-1", "-1"]
+    assert caches[0].length == 4
+
+
+def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[bool] = []
+
+    def open_it(*arguments: Any, record: bool = False, **options: Any) -> Any:
+        opened.append(record)
+        if record:
+            raise ModelFormatError("This session cannot use the graph capture feature as requested by the user")
+        return open_session(*arguments, **options)
+
+    monkeypatch.setattr("ramekin.cuda_model.open_session", open_it)
+    CudaModel.load(CUDA_MODEL, Manifest.load(CUDA_MODEL), "cpu", 1)
+    assert opened == [False, True, False]
+
+
+def test_all_logits_outlive_the_job(cuda: Engine) -> None:
+    model: Any = cuda.model
+    logits = model.step([0, 0], model.new_cache(model.prefill([3, 1]), 2, 8, 4))
     gc.collect()
-    idle = pool._idle[one]
-    assert idle == [memory]
-    with pytest.raises(ProviderError):
-        pool.lend(other, Borrower())
-    assert idle == []
+    cuda.generate([3, 1], replace(PARAMS, n=2, max_new_tokens=8))
+    np.testing.assert_array_equal(np.sort(logits.full, axis=1)[:, :-5:-1], logits.top_values)
 
 
-@pytest.mark.parametrize("text", ["CUDA failure 2: out of memory ; GPU=0", "Failed to allocate memory for requested buffer"])
-def test_a_gpu_that_runs_out_of_memory_in_a_step(text: str, cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> None:
-        raise RamekinError(f"onnxruntime failed: {text}")
+def test_an_altered_graph_is_told(cuda: Engine) -> None:
+    """Tokens that repeat, and tokens that there are not."""
+    model: Any = cuda.model
+    step = model.step
 
-    cache = cuda.model.new_cache(cuda.model.prefill([3, 1]), 2, 8, 4)
-    monkeypatch.setattr("ramekin.cuda_model.run_bound", fails)
-    with pytest.raises(ProviderError, match="too little memory on the GPU"):
-        cuda.model.step([0, 0], cache)
+    def altered(ids: Any) -> Any:
+        def changed(*arguments: Any) -> Any:
+            logits = step(*arguments)
+            return replace(logits, top_ids=np.full_like(logits.top_ids, ids))
+
+        return changed
+
+    model.step = altered(5)
+    assert {token for each in cuda.generate([3, 1], replace(PARAMS, max_new_tokens=3)) for token in each.token_ids} == {5}
+    for strange in (10**6, -1):
+        model.step = altered(strange)
+        with pytest.raises(RamekinError, match="ranked tokens that there are not"):
+            cuda.generate([3, 1], PARAMS)
 
 
 def test_what_lies_in_the_hosts_memory(cuda: Engine) -> None:

@@ -83,7 +83,7 @@ def test_no_driver() -> None:
 @pytest.mark.usefixtures("driver")
 def test_missing_libraries_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     """What onnxruntime prints goes into the error, not to stdout."""
-    ort = Ort("CUDA Provider not available", missing="Failed to load libcublasLt.so.13: cannot open")
+    ort = Ort(missing="Failed to load libcublasLt.so.13: cannot open\nPlease follow https://onnxruntime.ai to install")
     problem = cuda_problem(ort)
     assert "libcublasLt.so.13" in problem
     assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in problem
@@ -129,9 +129,11 @@ def test_a_silent_fall_to_the_cpu_is_an_error() -> None:
 def test_settings_of_cuda() -> None:
     """float32 is float32, and the decoder's steps are recorded."""
     seen: list[Any] = []
+    given: list[Any] = []
 
-    def opened(*_: object, providers: list[Any], **__: object) -> Any:
+    def opened(_: str, options: Any, providers: list[Any], **__: object) -> Any:
         seen.extend(providers)
+        given.append(options)
         return SimpleNamespace(get_providers=lambda: [CUDA, CPU])
 
     ort = SimpleNamespace(
@@ -147,6 +149,8 @@ def test_settings_of_cuda() -> None:
     assert encoder["use_tf32"] == "0"
     assert "enable_cuda_graph" not in encoder
     assert decoder == {**encoder, "enable_cuda_graph": "1"}
+    assert [each.enable_mem_pattern for each in given] == [True, False]
+    assert {each.get_session_config_entry("session.disable_cpu_ep_fallback") for each in given} == {"1"}
 
 
 def test_engines_tell_where_they_compute() -> None:
@@ -184,6 +188,13 @@ def test_the_command_says_what_auto_took(tmp_path: Path, capsys: pytest.CaptureF
     ):
         main(["generate", str(model), str(tmp_path / "prompt.txt"), "--max-new-tokens", "2", "--seed", "1", *options])
         assert ("ramekin: computing on c" in capsys.readouterr().err) == told
+
+
+def test_only_graphs_for_cuda_are_computed_there(tmp_path: Path) -> None:
+    raw = json.loads((TINY_MODEL / MANIFEST).read_text())
+    (tmp_path / MANIFEST).write_text(json.dumps({**raw, "providers": ["cuda"]}))
+    with pytest.raises(ModelFormatError, match="graphs of the layout 'ramekin' cannot be computed on cuda"):
+        Manifest.load(tmp_path)
 
 
 @pytest.mark.parametrize("providers", [[], ["tpu"], ["cpu", "tpu"], "cpu"])

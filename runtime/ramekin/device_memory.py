@@ -1,0 +1,143 @@
+"""Memory on a GPU: what a job needs, who has it, and what to say when there is not enough."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from threading import RLock
+from typing import Any
+
+import numpy as np
+
+from ramekin.errors import ProviderError, RamekinError
+from ramekin.manifest import (
+    DISTANCES,
+    LOGITS,
+    PAST_LENGTHS,
+    SOURCE_LENGTHS,
+    TOKEN_IDS,
+    TOP_IDS,
+    TOP_LOGPROBS,
+    TOP_VALUES,
+    Dims,
+    cross_names,
+    past_names,
+)
+
+FLOAT32, INT64 = 1, 7  # ONNX's numbers for element types
+FLOATS = {"tensor(float)": FLOAT32, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+BYTES = {FLOAT32: 4, INT64: 8, 10: 2, 16: 2}
+_MOST_IDLE = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tensors that live on the device together.
+
+    Attributes:
+        tensors: name, shape and ONNX element type of each.
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...], int], ...]
+
+    @property
+    def bytes(self) -> int:
+        """How much memory they take."""
+        return sum(prod(shape) * BYTES[kind] for _, shape, kind in self.tensors)
+
+    @classmethod
+    def of_prompts(cls, dims: Dims, floats: int, prompts: int, source: int) -> Plan:
+        """What is kept of prompts of `source` tokens, padding included: cross-attention keys and values, and the lengths."""
+        inner = dims.num_heads * dims.head_dim
+        cross = [(name, (prompts, source, inner), floats) for name in cross_names(dims.decoder_layers)]
+        return cls(((SOURCE_LENGTHS, (prompts,), INT64), *cross))
+
+    @classmethod
+    def of_samples(cls, dims: Dims, floats: int, rows: int, capacity: int, candidates: int) -> Plan:
+        """What `rows` samples need: caches of `capacity` tokens, what is fed at a step, and what comes out."""
+        inner = dims.num_heads * dims.head_dim
+        past = [(name, (rows, capacity, inner), floats) for name in past_names(dims.decoder_layers)]
+        fed = [(TOKEN_IDS, (rows, 1), INT64), (PAST_LENGTHS, (rows,), INT64), (DISTANCES, (capacity,), INT64)]
+        ranked = [(name, (rows, candidates), FLOAT32) for name in (TOP_VALUES, TOP_LOGPROBS)]
+        return cls((*fed, (LOGITS, (rows, dims.vocab_size), FLOAT32), *ranked, (TOP_IDS, (rows, candidates), INT64), *past))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A plan's tensors, allocated.
+
+    Attributes:
+        values: OrtValues by name.
+        number: no other memory of its pool has it, even at the same address.
+    """
+
+    values: Mapping[str, Any]
+    number: int
+
+
+class Pool:
+    """Memory on one device. What is lent comes back when its borrower is gone, and some of it is kept for the next one."""
+
+    def __init__(self, ort: Any, device: str) -> None:
+        self._ort, self._device, self._made = ort, device, 0
+        self._idle: list[tuple[Plan, Memory]] = []
+        self._lock = RLock()  # a borrower may go at any moment, in any thread
+
+    def lend(self, plan: Plan, borrower: object) -> Memory:
+        """Memory of this plan, used before or new.
+
+        Raises:
+            ProviderError: there is not enough of it.
+        """
+        with self._lock:
+            fitting = [place for place, (kept, _) in enumerate(self._idle) if kept == plan]
+            memory = self._idle.pop(fitting[-1])[1] if fitting else self._make(plan)
+        weakref.finalize(borrower, self._take_back, plan, memory).atexit = False
+        return memory
+
+    def give_up_idle(self) -> None:
+        """Keep nothing for the next job."""
+        with self._lock:
+            self._idle.clear()
+
+    def _take_back(self, plan: Plan, memory: Memory) -> None:
+        with self._lock:
+            self._idle.append((plan, memory))
+            del self._idle[:-_MOST_IDLE]
+
+    def _make(self, plan: Plan) -> Memory:
+        make = self._ort.OrtValue.ortvalue_from_shape_and_type
+        with device_errors(self._device, plan.bytes):
+            values = {name: make(list(shape), kind, self._device, 0) for name, shape, kind in plan.tensors}
+            for name, shape, kind in plan.tensors:
+                if name.startswith("past_"):  # attention multiplies what it masks by 0, and fresh memory may hold NaN
+                    values[name].update_inplace(np.zeros(shape, np.float32 if kind == FLOAT32 else np.float16))
+        self._made += 1
+        return Memory(values, self._made)
+
+
+@contextmanager
+def device_errors(device: str, needed: int) -> Iterator[None]:
+    """Turn what onnxruntime raises into errors of ours; the job needs so many bytes beside the weights.
+
+    Raises:
+        ProviderError: the device has too little memory.
+        RamekinError: anything else failed there.
+    """
+    try:
+        yield
+    except RamekinError:
+        raise
+    except Exception as error:  # onnxruntime raises a dozen unrelated types
+        reason = " ".join(str(error).split())
+        if any(sign in reason.lower() for sign in ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc")):
+            raise ProviderError(
+                f"too little memory ({device}): this job needs {needed / 1e9:.1f} GB beside the weights; ask for fewer or "
+                f"shorter samples ({reason[:200]})"
+            ) from None
+        raise RamekinError(
+            f"onnxruntime failed: {reason[:300]}; `ramekin verify` tells whether the model is intact"
+        ) from error

@@ -1,0 +1,48 @@
+"""The script that will measure a GPU, on the CPU: every part of it, on a tiny shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.conftest import TINY_MODEL
+
+pytest.importorskip("transformers")
+
+
+def test_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import cuda
+
+    shape = {"d_model": 64, "d_ff": 96, "num_heads": 2, "num_layers": 2}
+    monkeypatch.setitem(cuda.SHAPES, "tiny", shape)
+    monkeypatch.setattr(cuda, "PAPERS", 3)
+    monkeypatch.setattr(cuda, "PEERS", ("bfloat16",))  # bitsandbytes is not among the tests' packages
+    spiece, out = TINY_MODEL / "spiece.model", tmp_path / "out.json"
+    cuda.main(
+        [
+            "--tokenizer",
+            str(spiece),
+            "--out",
+            str(out),
+            "--shape",
+            "tiny",
+            "--provider",
+            "cpu",
+            "--source",
+            "40",
+            "--tokens",
+            "3",
+        ]
+    )
+    found = json.loads(out.read_text())
+    assert not [part for part in found.values() if "error" in part]
+    assert found["logits"]["fp32-cuda"]["largest"] < 1e-4
+    assert found["samples"] == {"samples": 4, "equal": 4}
+    assert found["nodes"]["memcpy"] == {"nodes": 0}
+    assert set(found["nodes"]["provider"]) == {"CPUExecutionProvider"}
+    assert found["times"]["best"] == "ramekin fp32-cuda"
+    assert found["times"]["times as fast"]["transformers bfloat16"] > 0
+    assert 0 < found["limit"]["share"] < 1
+    assert found["throughput"]["papers"] == 3
