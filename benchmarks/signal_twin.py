@@ -133,7 +133,8 @@ def main() -> None:
         shares = train_demo.accuracy(whole(), tokenizer, papers)
         print("  well-formed {:.1%}, right {:.1%}".format(*shares), flush=True)
 
-    train_demo.train(model, model, batches, arguments.minutes, RATE, evaluate, warmup=20)
+    forward = model if arguments.papers else torch.compile(model, dynamic=False)  # prompts of one length: compiled once
+    train_demo.train(model, forward, batches, arguments.minutes, RATE, evaluate, warmup=20)
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ _HEAD = PerBlock(8, block=32)
 RECIPES: dict[str, Recipe] = {
     "fp32": Recipe(Float32(), Float32(), Float32(), folded=False),
     "int8": Recipe(Int8PerToken(), PerBlock(8), _HEAD, most_divergence=0.01),
-    "int4": Recipe(Int8PerToken(), PerBlock(4), _HEAD, calibrated=True, most_divergence=0.1),
+    "int4": Recipe(Int8PerToken(), PerBlock(4, block=256), _HEAD, calibrated=True, most_divergence=0.1),
 }
 
 
