@@ -134,7 +134,7 @@ def main() -> None:
         print("  well-formed {:.1%}, right {:.1%}".format(*shares), flush=True)
 
     forward = model if arguments.papers else torch.compile(model, dynamic=False)  # prompts of one length: compiled once
-    train_demo.train(model, forward, batches, arguments.minutes, RATE, evaluate, warmup=20)
+    train_demo.train(model, forward, batches, arguments.minutes, RATE, evaluate, warmup=20, exact=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 _INTRODUCTION = """# Speed
 
 Made by `python -m benchmarks report`; what is timed, what is not and how to repeat it: [benchmarks/README.md](../benchmarks/README.md).
-Every figure is the median of {rounds} runs, each in a fresh process, the engines in turn; "±" is half the distance between
+Every figure is the median of {rounds} runs (or of as many as its line says), each in a fresh process, the engines in turn; "±" is half the distance between
 the fastest and the slowest run. `~` marks a job that was cut after {limit:.0f} s: its time is extrapolated from its last steps.
 
 - Model: **{model}**{random}.
@@ -86,13 +86,15 @@ def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
     ]
     requests = {**JOBS, **QUICK}[job]
     tokens = sum(sum(request.lengths) for request in requests)
+    most = max(len(runs) for _, runs in entries)
     for engine, runs in sorted(entries, key=lambda entry: _job_s(entry[1])):
+        fewer = f" ({len(runs)} run{'s'[: len(runs) > 1]})" if len(runs) < most else ""
         job_s, cut = _job_s(runs), any(run["cut"] for run in runs)
         steps = [step for run in runs for ends in run["requests"] for step in np.diff(ends) * 1e3]
         p50, p95 = np.percentile(steps, (50, 95)) if steps else (np.nan, np.nan)
         first = np.median([run["requests"][0][0] for run in runs])
         lines.append(
-            f"| {engine} | {'~' if cut else ''}{_seconds(job_s)} ± {_spread(runs):.0%} "
+            f"| {engine}{fewer} | {'~' if cut else ''}{_seconds(job_s)} ± {_spread(runs):.0%} "
             f"| {f'{fastest_peer / job_s:.2f}' if fastest_peer else ''} | {_seconds(first)} | {p50:.0f} / {p95:.0f} ms "
             f"| {tokens / job_s:.1f} | {np.median([run['cold_start_s'] for run in runs]):.2f} s "
             f"| {np.median([run['peak_mb'] for run in runs]):,.0f} MB |"
@@ -113,7 +115,7 @@ def summary(results: Path) -> str:
     }
     lines = [
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['extensions'])}), {rows[0]['threads']} threads, "
-        f"random weights of {rows[0]['model']}'s shape, 900 tokens in; medians of {min(len(found[each]) for each in found)} or more "
+        f"random weights of {rows[0]['model']}'s shape, 900 tokens in; medians of {min(len(found[each]) for each in found if each[0] in jobs)} or more "
         "runs, each in a fresh process, engines in turn:\n",
         f"| | {' | '.join(jobs.values())} | first token, n=16 | peak memory, n=16 |",
         "|---" * (len(jobs) + 3) + "|",

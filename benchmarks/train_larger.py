@@ -1,4 +1,4 @@
-"""Train the larger model of docs/quantization.md: 22 million parameters on real papers, in 40 minutes on two CPU cores.
+"""Train the larger model of docs/quantization.md: 22 million parameters on real papers, on two CPU cores in 15 to 40 minutes.
 
     pip install torch sentencepiece 'transformers>=5'
     python -m benchmarks.train_larger OUT --papers FOLDER --tokenizer spiece.model [--minutes 40]

@@ -164,10 +164,12 @@ def train(
     peak_rate: float,
     evaluate: Callable[[], None],
     warmup: int = WARMUP_STEPS,
+    exact: bool = False,
 ) -> None:
     """AdamW with a cosine schedule over `minutes` of wall time; `evaluate` is called every 500 steps and at the end.
 
-    `forward` is the model, compiled or not. Products are taken in bfloat16 where the processor has instructions for it.
+    `forward` is the model, compiled or not. Products are taken in bfloat16 where the processor has instructions for it, unless
+    they shall be `exact`.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     start, losses = time.monotonic(), []
@@ -178,7 +180,8 @@ def train(
         rate = peak_rate * min(1, (step + 1) / warmup) * (0.02 + 0.98 * math.cos(math.pi / 2 * done) ** 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        bfloat16 = not exact and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             loss = forward(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
