@@ -6,7 +6,7 @@ engine = Engine.load("model")
 samples = engine.generate("translate English to German: Hello.", SamplingParams(n=4, seed=7))
 """
 
-from ramekin.engine import Completion, Engine, Token, TruncationWarning
+from ramekin.engine import Engine, TruncationWarning
 from ramekin.errors import (
     CheckpointError,
     FormatVersionError,
@@ -20,6 +20,7 @@ from ramekin.errors import (
     VerificationError,
 )
 from ramekin.paper import Paper, QAPair, build_prompt
+from ramekin.sample import Completion, Token
 from ramekin.sampling import SamplingParams
 
 __all__ = [

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ramekin.engine import Engine, Token
+from ramekin.engine import Engine
+from ramekin.sample import Token
 from ramekin.sampling import SamplingParams
 
 Times = npt.NDArray[np.float64]

@@ -16,12 +16,13 @@ import click
 
 import ramekin
 from ramekin.bench_cli import bench
-from ramekin.engine import Completion, Engine
+from ramekin.engine import Engine
 from ramekin.errors import InputError, RamekinError
 from ramekin.folder_cli import info, verify
 from ramekin.inputs import read_papers, read_prompts
 from ramekin.options import Command, model_options, open_engine, sampling_options
 from ramekin.paper import Paper, QAPair, build_prompt
+from ramekin.sample import Completion
 from ramekin.sampling import SamplingParams
 from ramekin.terminal import Item, is_terminal, progress_in_groups, say
 

@@ -6,9 +6,9 @@ import os
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,66 +22,16 @@ from ramekin.optimum_folder import OptimumFolder
 from ramekin.optimum_model import OptimumModel
 from ramekin.paper import check_prompt
 from ramekin.provider import AUTO, choose_provider
+from ramekin.sample import Completion, Sample, Token, advance
 from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
 from ramekin.session import MOST_THREADS, onnxruntime, usable_cores
-from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
+from ramekin.tokenizer import IncrementalDecoder, Tokenizer
 
-FinishReason = Literal["eos", "length", "stop"]
 Source = str | Sequence[int] | npt.NDArray[np.integer]
 
 
 class TruncationWarning(UserWarning):
     """A prompt was longer than the model's limit, and its end was cut."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One token of a sample.
-
-    Attributes:
-        index: which sample.
-        token_id: the token.
-        logprob: its log-probability under the model.
-        text: the text that became certain with it; the texts of a sample's tokens add up to its completion's text.
-    """
-
-    index: int
-    token_id: int
-    logprob: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One finished sample.
-
-    Attributes:
-        index: which sample, from 0.
-        text: its text, without special tokens and without the stop string.
-        token_ids: its tokens, the eos that ended it included.
-        logprobs: for each token its log-probability under the model, before temperature and all other rules.
-        finish_reason: "eos", "length" (cut at `max_new_tokens`) or "stop".
-        seed: with this seed and the same parameters the sample can be had again.
-    """
-
-    index: int
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: FinishReason
-    seed: int
-
-
-@dataclass
-class _Sample:
-    """A sample that is still running: number `index` of its prompt's."""
-
-    prompt: int
-    index: int
-    decoder: IncrementalDecoder
-    history: list[int]
-    logprobs: list[float] = field(default_factory=list)
-    told: int = 0
 
 
 class Engine:
@@ -210,7 +160,7 @@ class Engine:
         cache = self.model.new_cache(cross, len(prompts) * params.n, params.max_new_tokens, params.candidates)
         draws = uniforms(seed, params.n, params.max_new_tokens)
         running = [
-            _Sample(prompt, i, IncrementalDecoder(self.tokenizer), [start])
+            Sample(prompt, i, IncrementalDecoder(self.tokenizer), [start])
             for prompt in range(len(prompts))
             for i in range(params.n)
         ]
@@ -221,7 +171,7 @@ class Engine:
             chosen, logprobs = choose(logits, histories, eos, params, step_draws)
             stay = []
             for row, sample in enumerate(running):
-                event, completion = _advance(sample, int(chosen[row]), float(logprobs[row]), eos, params, seed)
+                event, completion = advance(sample, int(chosen[row]), float(logprobs[row]), eos, params, seed)
                 yield sample.prompt, event
                 if completion:
                     yield sample.prompt, completion
@@ -290,33 +240,3 @@ def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Mani
     model = OptimumModel.load(ort, found, provider, threads)
     manifest = manifest if whole else found.manifest(model.dims, model.precision, model.shares_prompt)
     return model, manifest, provider, reason
-
-
-def _advance(
-    sample: _Sample, token: int, logprob: float, eos: Sequence[int], params: SamplingParams, seed: int
-) -> tuple[Token, Completion | None]:
-    """Add a token to a sample: its event, and the sample's completion if it ends there."""
-    sample.history.append(token)
-    sample.logprobs.append(logprob)
-    reason: FinishReason | None = None
-    if token in eos:
-        reason = "eos"
-    else:
-        sample.decoder.push(token)
-        if len(sample.logprobs) >= params.max_new_tokens:
-            reason = "length"
-    if reason:
-        sample.decoder.finish()
-    text = sample.decoder.text
-    cut = first_stop(text, params.stop)
-    if cut is not None:
-        reason, certain = "stop", cut
-    elif reason:
-        certain = len(text)
-    else:  # what may be the beginning of a stop string is held back until it is certain
-        certain = max(sample.told, len(text) - max((len(stop) - 1 for stop in params.stop), default=0))
-    event = Token(sample.index, token, logprob, text[sample.told : certain])
-    sample.told = certain
-    if not reason:
-        return event, None
-    return event, Completion(sample.index, text[:certain], tuple(sample.history[1:]), tuple(sample.logprobs), reason, seed)
