@@ -136,7 +136,7 @@ class Model:
         options = self._ort.RunOptions()
         # The scratch memory of a long prompt (heads * S * S floats and more) goes back before decoding starts.
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        run_bound(self._encoder, binding, options)
+        _run(self._encoder, binding, options)
         return cross
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
@@ -156,7 +156,7 @@ class Model:
         cache.past_lengths[:] = cache.length
         if cache.binding is None:
             cache.binding = self._bind(cache)
-        run_bound(self._decoder, cache.binding[0])
+        _run(self._decoder, cache.binding[0])
         cache.length += 1
         return Logits.of(cache.logits, cache.top_values, cache.top_ids)
 
@@ -188,7 +188,7 @@ class Model:
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def run_bound(session: Any, binding: Any, options: Any = None) -> None:
+def _run(session: Any, binding: Any, options: Any = None) -> None:
     """Run a graph on what is bound to it.
 
     Raises:
