@@ -17,8 +17,8 @@ Rows = Sequence[Mapping[str, Any]]
 _INTRODUCTION = """# Speed
 
 Made by `python -m benchmarks report`; what is timed, what is not and how to repeat it: [benchmarks/README.md](../benchmarks/README.md).
-Every figure is the median of {rounds} runs (or of as many as its line says), each in a fresh process, the engines in turn; "±" is half the distance between
-the fastest and the slowest run. `~` marks a job that was cut after {limit:.0f} s: its time is extrapolated from its last steps.
+Every figure is the median of {rounds} runs (or of as many as its line says), each in a fresh process; the engines of one call take
+turns, and which were measured in one call stands in the [log](log.md). "±" is half the distance between the fastest and the slowest run. `~` marks a job that was cut after {limit:.0f} s: its time is extrapolated from its last steps.
 
 - Model: **{model}**{random}.
 - Machine: {processor}, {cores} cores, {extensions}; {threads} threads for every engine.
@@ -116,7 +116,7 @@ def summary(results: Path) -> str:
     lines = [
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['extensions'])}), {rows[0]['threads']} threads, "
         f"random weights of {rows[0]['model']}'s shape, 900 tokens in; medians of {min(len(found[each]) for each in found if each[0] in jobs)} or more "
-        "runs, each in a fresh process, engines in turn:\n",
+        "runs, each in a fresh process:\n",
         f"| | {' | '.join(jobs.values())} | first token, n=16 | peak memory, n=16 |",
         "|---" * (len(jobs) + 3) + "|",
     ]
