@@ -180,7 +180,8 @@ def test_an_export_that_is_stopped_leaves_nothing(
     checkpoint: Callable[[str], Path], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     code = f"""
-import sys, time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell begin with it ignored
 from ramekin_export import writer
 real = writer.build_decoder
 def slow(*arguments):

@@ -169,6 +169,7 @@ def test_a_reader_that_leaves() -> None:
 def test_ctrl_c_prints_the_samples_that_are_finished(command: str, paper: str) -> None:
     code = f"""
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell begin with it ignored
 from ramekin.model import Model
 real = Model.step
 def step(self, token_ids, cache):
