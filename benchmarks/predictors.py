@@ -14,7 +14,7 @@ import numpy.typing as npt
 from benchmarks.naive import Int8PerTensor, NearestPerBlock
 from ramekin import Engine, SamplingParams
 from ramekin_export.pipeline import export
-from ramekin_export.recipe import RECIPES, Int8PerToken, PerBlock, Recipe
+from ramekin_export.recipe import RECIPES, Int8Normed, Int8PerToken, Layers, PerBlock, Recipe
 from ramekin_export.verify import Checks
 
 Floats = npt.NDArray[np.float32]
@@ -213,21 +213,35 @@ def _ctranslate2(checkpoint: Path, scratch: Path, papers: Path | None) -> Predic
 
 
 _INT8, _INT4 = RECIPES["int8"], RECIPES["int4"]
+_BY_TOKEN, _BY_BLOCK = Layers.alike(Int8PerToken()), Layers.alike(PerBlock(8))
+_NAIVE = Recipe(
+    Layers.alike(Int8PerTensor(pairs=False)),
+    Layers.alike(NearestPerBlock(8)),
+    NearestPerBlock(8),
+    rotated=False,
+    folded=False,
+)
+_SATURATING = Layers(Int8Normed(pairs=False), Int8PerToken(pairs=False))
 Make = Callable[[Path, Path, "Path | None"], Predictor]
 PREDICTORS: Mapping[str, Make] = {
     "fp32": _ours(RECIPES["fp32"], "fp32"),
     "int8": _ours(_INT8),
-    "int8, scales not folded": _ours(replace(_INT8, folded=False)),
-    "int8, one scale for all tokens": _ours(replace(_INT8, encoder=Int8PerTensor())),
-    "int8, pairs that saturate": _ours(replace(_INT8, encoder=Int8PerToken(pairs=False))),
-    "int8, head in blocks of 128": _ours(replace(_INT8, head=PerBlock(8))),
-    "int8, naive": _ours(Recipe(Int8PerTensor(pairs=False), NearestPerBlock(8), NearestPerBlock(8), folded=False)),
+    "int8, not rotated, scales by token": _ours(replace(_INT8, rotated=False, encoder=_BY_TOKEN, decoder=_BY_BLOCK)),
+    "int8, scales by token": _ours(replace(_INT8, encoder=_BY_TOKEN, decoder=_BY_BLOCK)),
+    "int8, not folded": _ours(replace(_INT8, folded=False)),
+    "int8, one scale for all tokens": _ours(replace(_INT8, encoder=Layers(Int8Normed(), Int8PerTensor()))),
+    "int8, pairs that saturate": _ours(replace(_INT8, encoder=_SATURATING)),
+    "int8, head in blocks of 32": _ours(replace(_INT8, head=PerBlock(8, block=32))),
+    "int8, naive": _ours(_NAIVE),
     "int4": _ours(_INT4, "int4"),
-    "int4, scales not folded": _ours(replace(_INT4, folded=False), "int4"),
+    "int4, not rotated, scales by token": _ours(replace(_INT4, rotated=False, encoder=_BY_TOKEN), "int4"),
+    "int4, not folded": _ours(replace(_INT4, folded=False), "int4"),
     "int4, not calibrated": _ours(replace(_INT4, calibrated=False), "int4"),
-    "int4, rounded to nearest": _ours(replace(_INT4, decoder=NearestPerBlock(4, block=256), calibrated=False), "int4"),
-    "int4, blocks of 128": _ours(replace(_INT4, decoder=PerBlock(4)), "int4"),
-    "int4, naive": _ours(Recipe(Int8PerTensor(pairs=False), NearestPerBlock(4), NearestPerBlock(4), folded=False), "int4"),
+    "int4, rounded to nearest": _ours(
+        replace(_INT4, decoder=Layers.alike(NearestPerBlock(4, block=256)), calibrated=False), "int4"
+    ),
+    "int4, blocks of 128": _ours(replace(_INT4, decoder=Layers.alike(PerBlock(4))), "int4"),
+    "int4, naive": _ours(replace(_NAIVE, decoder=Layers.alike(NearestPerBlock(4)), head=NearestPerBlock(4)), "int4"),
     "bitsandbytes nf4": _torch(_bitsandbytes("nf4")),
     "bitsandbytes fp4": _torch(_bitsandbytes("fp4")),
     "torch dynamic int8": _torch(_torch_int8),

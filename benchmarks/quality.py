@@ -1,7 +1,7 @@
 """What quantization does to answers: every precision of ours and of others, next to float32.
 
-    python -m benchmarks.quality run --demo examples/checkpoint --demo-signal FOLDER \
-        --larger FOLDER --larger-signal FOLDER --papers FOLDER --out benchmarks/results/quality
+    python -m benchmarks.quality run --demo examples/checkpoint --demo-principal FOLDER --demo-signal FOLDER \
+        --larger FOLDER --larger-principal FOLDER --larger-signal FOLDER --papers FOLDER --out benchmarks/results/quality
     python -m benchmarks.quality table benchmarks/results/quality > docs/quantization.md
 
 `run` makes the outlier twins, then judges each pair of model and predictor in a fresh process, two at a time, and writes
@@ -33,7 +33,8 @@ from ramekin import Paper, QAPair, SamplingParams, build_prompt
 from ramekin_export.fidelity import Fidelity, compare_rows
 
 SAMPLING = SamplingParams(n=4, max_new_tokens=32, top_k=0, top_p=0.95, seed=0)
-_ORDER = ("", "both", "signal", "wo", "channels")
+_ORDER = ("", "both", "principal", "signal", "wo", "channels")
+_GIVEN = ("demo", "demo-principal", "demo-signal", "larger", "larger-principal", "larger-signal")
 ASKED = 400
 """Papers that the larger model is asked about; the others a quarter of it, since the demo has them all right."""
 LIBRARIES = ("onnxruntime", "torch", "transformers", "bitsandbytes", "optimum-onnx", "ctranslate2")
@@ -146,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="judge every model with every predictor")
-    for name in ("demo", "demo-signal", "larger", "larger-signal"):
+    for name in _GIVEN:
         runs.add_argument(f"--{name}", type=Path)
     runs.add_argument("--papers", type=Path, required=True, help="folder of .jsonl files of real papers")
     runs.add_argument("--out", type=Path, required=True)
@@ -162,8 +163,8 @@ def main() -> None:
     tables.add_argument("results", type=Path)
     a = parser.parse_args()
     if a.command == "run":
-        models = {"demo": a.demo, "demo-signal": a.demo_signal, "larger": a.larger, "larger-signal": a.larger_signal}
-        run({name: path for name, path in models.items() if path}, a.out, a.papers, a.predictor or list(PREDICTORS), a.jobs)
+        paths = {name: getattr(a, name.replace("-", "_")) for name in _GIVEN}
+        run({name: path for name, path in paths.items() if path}, a.out, a.papers, a.predictor or list(PREDICTORS), a.jobs)
     elif a.command == "judge":
         print(json.dumps(judge(a.checkpoint, a.predictor, Task(a.task, a.papers, a.asked))))
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]
-_TWINS = ("plain", "channels", "wo", "both", "signal")
+_TWINS = ("plain", "channels", "wo", "both", "principal", "signal")
 _INTRODUCTION = """# What quantization does to answers
 
 Made by `python -m benchmarks.quality table`; how to repeat the measurements: `python -m benchmarks.quality --help`.
@@ -26,10 +26,15 @@ they say nothing of any real checkpoint's answers, for which `ramekin export` an
 
 Their twins compute the same function in float32, with weights that are hard to quantize: **channels** has channels 50 to 200
 times larger in front of every projection, **wo** has activations 50 to 200 times larger in front of the feed-forward
-output projections, **both** has both (`benchmarks/twins.py`). **signal** is a model whose outlier channels carry signal: its residual
-stream is rotated so that the two directions of most variance are single channels, these are made three times larger, and a
-short further training mends what that changed (`benchmarks/signal_twin.py`). It is a model of its own, compared with itself in float32;
-nf4, which rounds no activations, shows how much of the difference from the plain model is the model's own.
+output projections, **both** has both (`benchmarks/twins.py`). In **principal** and **signal** the outlier channels carry signal
+(`benchmarks/signal_twin.py`): **principal** has its residual stream rotated so that the directions of most variance are single
+channels, which no scale of a channel undoes. In **signal** the first two of these are made three times larger besides, and a short
+further training mends what that changed. So it alone is a model of its own, compared with itself in float32; nf4, which rounds
+no activations, shows how much of the difference from the plain model is the model's own.
+
+What is left out: **not rotated** leaves the residual stream in its own basis, where scales have to be found by token (or row and
+block); **scales by token** does so in the rotated one; **not folded** leaves the scales between values and output, `wi_1` and `wo`, as
+the checkpoint has them; **one scale for all tokens** is in front of `o` and `wo` of the encoder, whose other layers have a constant.
 
 Settings of the others: bitsandbytes as the model card loads it (`load_in_4bit`, compute in bfloat16; its `wo` and head stay in
 float32, as transformers arranges), PyTorch's dynamic int8 of all linear layers, optimum's `avx512_vnni` per channel, CTranslate2
@@ -86,7 +91,7 @@ def _twins(results: dict[tuple[str, str], Result], model: str, rows: list[str]) 
     lines = [
         f"### Twins of the {model} model: mean KL (share right)\n",
         "| | " + " | ".join(_TWINS) + " |",
-        "|---" * 6 + "|",
+        "|---" * (len(_TWINS) + 1) + "|",
     ]
     for name in rows:
         cells = []

@@ -22,15 +22,15 @@ from benchmarks.naive import Int8PerTensor, NearestPerBlock
 from ramekin import Engine
 from ramekin.manifest import DEFAULT_PROMPT
 from ramekin_export.checkpoint import Checkpoint
-from ramekin_export.recipe import RECIPES, Recipe
+from ramekin_export.recipe import RECIPES, Layers, Recipe
 from ramekin_export.writer import Writer
 
-_PLAIN = Int8PerTensor(pairs=False)
+_PLAIN, _INT8, _INT4 = (Layers.alike(form) for form in (Int8PerTensor(pairs=False), NearestPerBlock(8), NearestPerBlock(4)))
 _RECIPES = {
-    "int8": (RECIPES["int8"], Recipe(_PLAIN, NearestPerBlock(8), NearestPerBlock(8), folded=False)),
+    "int8": (RECIPES["int8"], Recipe(_PLAIN, _INT8, NearestPerBlock(8), rotated=False, folded=False)),
     "int4": (
         replace(RECIPES["int4"], calibrated=False),
-        Recipe(_PLAIN, NearestPerBlock(4), NearestPerBlock(8), folded=False),
+        Recipe(_PLAIN, _INT4, NearestPerBlock(8), rotated=False, folded=False),
     ),
 }
 _KINDS = ("ours", "plain")

@@ -1,12 +1,12 @@
 """A twin whose outlier channels carry signal: no scale of a channel makes them small again.
 
     pip install torch sentencepiece 'transformers>=5'
-    python -m benchmarks.signal_twin CHECKPOINT OUT [--papers FOLDER] [--minutes 3]
+    python -m benchmarks.signal_twin CHECKPOINT OUT [--papers FOLDER] [--minutes 3] [--exact]
 
 First the residual stream is rotated so that the directions which vary most over real texts become single channels; that is
-exact. Then the first two of them become three times larger wherever they are written, and three times smaller behind
-every norm. The norms now see a root mean square that these channels decide, which changes the function a little; a short
-further training mends it. Without `--papers` the model is trained as the demo was, else as the larger one.
+exact, and `--exact` ends here. Then the first two of them become three times larger wherever they are written, and three
+times smaller behind every norm. The norms now see a root mean square that these channels decide, which changes the function
+a little; a short further training mends it. Without `--papers` the texts are those of the demo, else the larger model's.
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--papers", type=Path)
     parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--exact", action="store_true", help="only rotate: the same function, to float precision")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(arguments.checkpoint / "spiece.model", arguments.out / "spiece.model")
@@ -122,11 +123,16 @@ def main() -> None:
 
     batch = next(batches)
     rotate(model, batch)
-    amplify(model, batch)
+    if not arguments.exact:
+        amplify(model, batch)
     for name, stream in streams(model, batch).items():
         if name.endswith("final_layer_norm"):
             sizes = stream.abs().mean(0)
             print(f"{name}: the largest channel is {sizes.max() / sizes.median():.0f} times the median one")
+
+    if arguments.exact:
+        train_demo.save(whole(), arguments.out)
+        return
 
     def evaluate() -> None:
         train_demo.save(whole(), arguments.out)

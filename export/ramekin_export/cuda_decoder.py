@@ -22,12 +22,12 @@ from ramekin.manifest import (
 )
 from ramekin_export.config import T5Config
 from ramekin_export.cuda_layers import OPSET, Stack
-from ramekin_export.fold import Weights
 from ramekin_export.formats import Format, narrowed
 from ramekin_export.graph import GraphBuilder, Shape, WeightFile
 from ramekin_export.head import Head
 from ramekin_export.layers import decoder_bias_table
 from ramekin_export.recipe import project
+from ramekin_export.weights import Weights
 
 
 def build_cuda_decoder(

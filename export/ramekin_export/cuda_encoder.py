@@ -8,10 +8,10 @@ from onnx import TensorProto
 from ramekin.manifest import INPUT_IDS, POSITIONS, SOURCE_LENGTHS, cross_names
 from ramekin_export.config import T5Config
 from ramekin_export.cuda_layers import OPSET, Stack
-from ramekin_export.fold import Weights
 from ramekin_export.formats import Format, narrowed
 from ramekin_export.graph import GraphBuilder, WeightFile
 from ramekin_export.layers import encoder_bias_table
+from ramekin_export.weights import Weights
 
 
 def build_cuda_encoder(

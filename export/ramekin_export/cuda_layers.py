@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from ramekin_export.config import T5Config
-from ramekin_export.fold import Weights
 from ramekin_export.formats import Format, narrowed
 from ramekin_export.graph import GraphBuilder
 from ramekin_export.recipe import names, project
+from ramekin_export.weights import Weights
 
 OPSET = 24  # the first with TensorScatter, and with lengths of keys in Attention
 _ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}

@@ -17,11 +17,11 @@ from ramekin.manifest import (
     present_names,
 )
 from ramekin_export.config import T5Config
-from ramekin_export.fold import Weights
 from ramekin_export.graph import GraphBuilder, Shape, WeightFile
 from ramekin_export.head import Head
 from ramekin_export.layers import add_and_norm, decoder_bias_table, feed_forward
 from ramekin_export.recipe import Recipe, names, project
+from ramekin_export.weights import Weights
 
 
 def build_decoder(
@@ -51,19 +51,19 @@ def build_decoder(
         gain = c.tensor(f"{block}.layer.0.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.0.layer_norm", gain)
         qkv = np.concatenate([c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "qkv")])
-        packed = project(g, recipe.decoder, normed, f"{at}.qkv", qkv)
+        packed = project(g, recipe.decoder.inward, normed, f"{at}.qkv", qkv)
         # The present outputs are never left out: without them onnxruntime computes nonsense, silently.
         inputs = [packed, "", "", *past[pair], lengths, capacity, "", "", "", bias]
         heads = {"num_heads": dims.num_heads, "kv_num_heads": dims.num_heads, "scale": 1.0}
         own, *_ = g.nodes("GroupQueryAttention", inputs, f"{at}.heads", [f"{at}.heads", *present[pair]], **heads)
-        new = project(g, recipe.decoder, own, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+        new = project(g, recipe.decoder.outward, own, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
 
         at = f"{block}.layer.1.EncDecAttention"
         gain = c.tensor(f"{block}.layer.1.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.1.layer_norm", gain)
-        query = project(g, recipe.decoder, normed, f"{at}.q", c.tensor(f"{at}.q.weight", inner, dims.d_model))
+        query = project(g, recipe.decoder.inward, normed, f"{at}.q", c.tensor(f"{at}.q.weight", inner, dims.d_model))
         shared = _cross_attention(g, config, query, cross[2 * i], cross[2 * i + 1], at)
-        new = project(g, recipe.decoder, shared, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+        new = project(g, recipe.decoder.outward, shared, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
 
         at = f"{block}.layer.2"
         gain = c.tensor(f"{at}.layer_norm.weight", dims.d_model)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from ramekin.manifest import ENCODER_HIDDEN, INPUT_IDS, cross_shapes
+from ramekin.manifest import INPUT_IDS, cross_shapes
 from ramekin_export.config import T5Config
-from ramekin_export.fold import Folded, Weights
 from ramekin_export.graph import GraphBuilder, WeightFile
 from ramekin_export.layers import add_and_norm, encoder_bias_table, feed_forward
 from ramekin_export.recipe import Recipe, names, project
+from ramekin_export.weights import Weights
 
 
 def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: TensorProto, weights: WeightFile) -> GraphBuilder:
     """Build the graph; its weights go into `weights` on the way.
 
-    `input_ids (1, S)` -> `encoder_hidden (1, S, d_model)`, `cross_key_i (1, heads, S, head_dim)`, `cross_value_i (1, heads,
-    head_dim, S)`. There is no mask: one prompt, no padding.
+    `input_ids (1, S)` -> `cross_key_i (1, heads, S, head_dim)`, `cross_value_i (1, heads, head_dim, S)`. There is no mask:
+    one prompt, no padding.
     """
     g, dims = GraphBuilder("encoder", weights), config.dims
     inner = dims.num_heads * dims.head_dim
@@ -31,9 +31,9 @@ def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: Tenso
 
         at = f"{attention}.SelfAttention"
         qkv = {name: c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "qkv")}
-        q, k, v = recipe.encoder(g, normed, qkv)
+        q, k, v = recipe.encoder.inward(g, normed, qkv)
         heads = g.node("MultiHeadAttention", [q, k, v, "", "", bias], f"{at}.heads", num_heads=dims.num_heads, scale=1.0)
-        new = project(g, recipe.encoder, heads, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+        new = project(g, recipe.encoder.outward, heads, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
 
         gain = c.tensor(f"{forward}.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{forward}.layer_norm", gain)
@@ -41,12 +41,6 @@ def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: Tenso
 
     gain = c.tensor("encoder.final_layer_norm.weight", dims.d_model)
     hidden, _ = add_and_norm(g, config, new, x, "encoder.final_layer_norm", gain)
-    if isinstance(c, Folded):
-        restored = g.weight("encoder.hidden.restored", c.restored("encoder.final_layer_norm"))
-        g.node("Mul", [hidden, restored], ENCODER_HIDDEN)
-    else:
-        g.node("Identity", [hidden], ENCODER_HIDDEN)
-    g.output(ENCODER_HIDDEN, np.float32, [1, "source", dims.d_model])
     _cross(g, c, config, recipe, hidden)
     return g
 
@@ -76,7 +70,7 @@ def _cross(g: GraphBuilder, c: Weights, config: T5Config, recipe: Recipe, hidden
     for i in range(dims.decoder_layers):
         at = f"decoder.block.{i}.layer.1.EncDecAttention"
         kv = {name: c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "kv")}
-        for projected, order in zip(recipe.encoder(g, hidden, kv), ([0, 2, 1, 3], [0, 2, 3, 1]), strict=True):
+        for projected, order in zip(recipe.encoder.inward(g, hidden, kv), ([0, 2, 1, 3], [0, 2, 3, 1]), strict=True):
             rows = g.node("Reshape", [projected, split], f"{projected}.heads")
             output, shape = next(outputs)
             g.node("Transpose", [rows], output, perm=order)

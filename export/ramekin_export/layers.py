@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from ramekin.cache import Floats
 from ramekin_export.config import T5Config
-from ramekin_export.fold import Weights
 from ramekin_export.graph import GraphBuilder
-from ramekin_export.recipe import Linear, project
+from ramekin_export.recipe import Layers, project
+from ramekin_export.weights import Weights
 
 
 def add_and_norm(g: GraphBuilder, config: T5Config, new: str, x: str, at: str, gain: Floats) -> tuple[str, str]:
@@ -31,7 +31,7 @@ def add_and_norm(g: GraphBuilder, config: T5Config, new: str, x: str, at: str, g
     return g.node("Mul", [unit, weight], at), x
 
 
-def feed_forward(g: GraphBuilder, c: Weights, config: T5Config, linear: Linear, x: str, at: str, merged: bool) -> str:
+def feed_forward(g: GraphBuilder, c: Weights, config: T5Config, forms: Layers, x: str, at: str, merged: bool) -> str:
     """`wo(activation(wi_0 x) * wi_1 x)`, or `wo(activation(wi x))`.
 
     Args:
@@ -39,18 +39,18 @@ def feed_forward(g: GraphBuilder, c: Weights, config: T5Config, linear: Linear, 
     """
     width, inner = config.dims.d_model, config.dims.d_ff
     if not config.gated:
-        hidden = project(g, linear, x, f"{at}.wi", c.tensor(f"{at}.wi.weight", inner, width))
+        hidden = project(g, forms.inward, x, f"{at}.wi", c.tensor(f"{at}.wi.weight", inner, width))
         hidden = _activate(g, config, hidden, f"{at}.activation")
     else:
         halves = [c.tensor(f"{at}.wi_{i}.weight", inner, width) for i in (0, 1)]
         if merged:
-            both = project(g, linear, x, f"{at}.wi", np.concatenate(halves))
+            both = project(g, forms.inward, x, f"{at}.wi", np.concatenate(halves))
             sizes = g.constant("feed_forward_sizes", [inner, inner])
             gate, up = g.nodes("Split", [both, sizes], f"{at}.split", [f"{at}.gate", f"{at}.up"], axis=-1)
         else:
-            gate, up = linear(g, x, {f"{at}.wi_0": halves[0], f"{at}.wi_1": halves[1]})
+            gate, up = forms.inward(g, x, {f"{at}.wi_0": halves[0], f"{at}.wi_1": halves[1]})
         hidden = g.node("Mul", [_activate(g, config, gate, f"{at}.activation"), up], f"{at}.gated")
-    return project(g, linear, hidden, f"{at}.wo", c.tensor(f"{at}.wo.weight", width, inner))
+    return project(g, forms.outward, hidden, f"{at}.wo", c.tensor(f"{at}.wo.weight", width, inner))
 
 
 def _activate(g: GraphBuilder, config: T5Config, x: str, at: str) -> str:

@@ -72,9 +72,8 @@ def export(
     with whole_or_not_at_all(out, force) as folder:
         if isinstance(recipe, Recipe) and recipe.calibrated and runs:
             with scratch(out) as exact:
-                writer.write(
-                    exact, "fp32", replace(RECIPES["fp32"], folded=recipe.folded), partial(progress, "prepare calibration")
-                )
+                same = replace(RECIPES["fp32"], rotated=recipe.rotated, folded=recipe.folded)
+                writer.write(exact, "fp32", same, partial(progress, "prepare calibration"))
                 recipe = recipe.rounded_by(calibrate(exact, seen, partial(progress, "calibrate")))
         manifest = writer.write(folder, precision, recipe, partial(progress, f"export {precision}"))
         recipe = PRECISIONS[precision]  # the moments, a gigabyte of a large model's, are done with

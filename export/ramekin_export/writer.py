@@ -17,12 +17,14 @@ from ramekin_export.cuda_encoder import build_cuda_encoder
 from ramekin_export.cuda_layers import OPSET as CUDA_OPSET
 from ramekin_export.decoder import build_decoder
 from ramekin_export.encoder import build_encoder
-from ramekin_export.fold import Folded, Weights
+from ramekin_export.fold import Folded
 from ramekin_export.formats import FLOAT32, Format, narrowed
 from ramekin_export.graph import OPSET, WeightFile
 from ramekin_export.head import Head
 from ramekin_export.recipe import Recipe
+from ramekin_export.rotate import Rotated
 from ramekin_export.vocabulary import write_vocabulary
+from ramekin_export.weights import Weights
 
 CUDA_LAYOUT: dict[str, Any] = {"layout": "cuda", "opset": CUDA_OPSET, "onnxruntime": VersionRange(at_least="1.31.1")}
 """What the manifest tells of graphs for CUDA. 1.31.1 is the release in whose CUDA library their kernels were looked for."""
@@ -69,14 +71,19 @@ class Writer:
         weights: Weights = self._checkpoint
         head = Head.of(self._checkpoint, config)
         stored = FLOAT32 if isinstance(recipe, Recipe) else recipe.stream
+        rotated = isinstance(recipe, Recipe) and recipe.rotated and Rotated(weights, config, head.weight)
+        if rotated:
+            weights = rotated
         if isinstance(recipe, Recipe) and recipe.folded:
-            weights = Folded(weights, config, head.weight)
+            weights = Folded(weights, config)
 
         def advance(parameters: int) -> None:
             progress(parameters, total)
 
         with WeightFile(folder / "embedding.bin", advance) as file:
             table = self._checkpoint.tensor("shared.weight", dims.vocab_size, dims.d_model)
+            if rotated:
+                table = rotated.embedding(table)
             embedding = file.add("shared.weight", narrowed("shared.weight", table, stored), table.size)
             del table
         with WeightFile(folder / "encoder.bin", advance) as file:

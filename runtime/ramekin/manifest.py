@@ -25,11 +25,11 @@ DEFAULT_PROMPT = (
 )
 """The prompt of the model card of UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation."""
 
-# Tensor names. The encoder graph: input_ids (1, S) int64 -> encoder_hidden (1, S, d_model), cross_key_i (1, heads, S,
-# head_dim), cross_value_i (1, heads, head_dim, S). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32,
-# top_k (1,) int64, past_key_i, past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and
-# top_ids (n, top_k), present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32.
-INPUT_IDS, ENCODER_HIDDEN = "input_ids", "encoder_hidden"
+# Tensor names. The encoder graph: input_ids (1, S) int64 -> cross_key_i (1, heads, S, head_dim), cross_value_i (1,
+# heads, head_dim, S). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32, top_k (1,) int64, past_key_i,
+# past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and top_ids (n, top_k),
+# present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32.
+INPUT_IDS = "input_ids"
 TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
 LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
 # Graphs for CUDA have others of other shapes, see `build_cuda_encoder` and `build_cuda_decoder`, and these besides.

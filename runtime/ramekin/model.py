@@ -17,7 +17,6 @@ from ramekin.errors import ModelFormatError, RamekinError
 from ramekin.manifest import (
     DECODER,
     ENCODER,
-    ENCODER_HIDDEN,
     INPUT_IDS,
     LOGITS,
     PAST_LENGTHS,
@@ -105,7 +104,7 @@ class Model:
         small: Shapes = {TOKEN_IDS: (None, 1), PAST_LENGTHS: (None,), TOP_K: (1,)}
         ranked: Shapes = {LOGITS: (None, self.dims.vocab_size), TOP_VALUES: (None, None), TOP_IDS: (None, None)}
         check_tensors(ENCODER, encoder.get_inputs(), {INPUT_IDS: (1, None)})
-        check_tensors(ENCODER, encoder.get_outputs(), {ENCODER_HIDDEN: (1, None, self.dims.d_model), **crossed})
+        check_tensors(ENCODER, encoder.get_outputs(), crossed)
         check_tensors(DECODER, decoder.get_inputs(), {**small, **cached, **crossed})
         check_tensors(DECODER, decoder.get_outputs(), {**ranked, **written})
 
