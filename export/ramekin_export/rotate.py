@@ -45,11 +45,13 @@ class Rotated:
         at = name.removesuffix(".weight")
         array = self._weights.tensor(name, *shape)
         if at.endswith("layer_norm"):
-            return np.ones_like(array)
-        if at in self._norm:
-            gain = self._weights.tensor(f"{self._norm[at]}.weight", self._width)
-            return np.matmul(array * gain, self._basis, dtype=np.float32)
-        return self._basis.T @ array if at.endswith(_WRITERS) else array
+            array = np.ones_like(array)
+        elif at in self._norm:
+            array = np.multiply(array, self._weights.tensor(f"{self._norm[at]}.weight", self._width))
+            array = array @ self._basis
+        elif at.endswith(_WRITERS):
+            array = self._basis.T @ array
+        return array
 
     def embedding(self, rows: Floats) -> Floats:
         """Rows of the embedding `(any, d_model)` as the rewritten layers expect them."""

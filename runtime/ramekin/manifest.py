@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes, and what ONNX Runtime calls it."""

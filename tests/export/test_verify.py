@@ -172,7 +172,9 @@ def test_calibration_makes_int4_better_on_its_own_kind_of_text(tmp_path: Path) -
         export(str(CHECKPOINT), tmp_path / name, "int4", checks=Checks(papers=judged, **settings))
         for name, settings in (("with", {"calibrate": tmp_path / "seen.jsonl"}), ("without", {}))
     ]
-    assert found[0].quality["all"]["kl"] < found[1].quality["all"]["kl"]
+    # Not the mean: one token in a thousand decides that of the demo model, for better or worse.
+    assert found[0].quality["all"]["kl_p99"] < 0.7 * found[1].quality["all"]["kl_p99"]
+    assert found[0].quality["all"]["top50"] > found[1].quality["all"]["top50"]
     assert "calibration" in found[0].recipe["decoder"]
 
 

@@ -69,10 +69,10 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     [
         ("", "not JSON"),
         ("[]", "no format_version"),
-        ('{"format_version": 99}', "format version 99, but this ramekin reads 2"),
+        ('{"format_version": 99}', "format version 99, but this ramekin reads 3"),
         ("[" * 200_000, "not JSON"),
-        ('{"format_version": 2}', "not a complete manifest"),
-        ('{"format_version": 2, "dims": 3}', "not a complete manifest"),
+        ('{"format_version": 3}', "not a complete manifest"),
+        ('{"format_version": 3, "dims": 3}', "not a complete manifest"),
     ],
 )
 def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
