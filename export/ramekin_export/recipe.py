@@ -60,13 +60,9 @@ class Int8PerToken:
         scales = g.node("Reshape", [scale, g.constant("flat", [-1])], f"{at}.scales")
         middles = g.node("ConstantOfShape", [g.node("Shape", [scales], f"{at}.tokens")], f"{at}.middles", value=_MIDDLE)
         small = g.node("QuantizeLinear", [x, scales, middles], at, axis=1)
-        one, middle = g.constant("one_float", 1, np.float32), g.constant("middle", 128, np.uint8)
-        outputs = []
+        one, outputs = g.constant("one_float", 1, np.float32), []
         for name, weight in weights.items():
-            q = per_channel(weight, self.pairs)
-            values = g.weight(f"{name}.weight", q.values)
-            columns = g.weight(f"{name}.scale", q.scales, parameters=0)
-            whole = g.node("MatMulIntegerToFloat", [small, values, one, columns, middle], f"{name}.by_token")
+            whole = _int8_product(g, small, one, name, weight, self.pairs, f"{name}.by_token")
             outputs.append(g.node("Mul", [whole, scale], name))
         return outputs
 
@@ -91,13 +87,14 @@ class Int8Normed:
         scale = g.constant("normed_scale", self.largest / 127, np.float32)
         middle = g.constant("middle", 128, np.uint8)
         small = g.node("QuantizeLinear", [x, scale, middle], f"{next(iter(weights))}.input")
-        outputs = []
-        for name, weight in weights.items():
-            q = per_channel(weight, self.pairs)
-            columns = g.weight(f"{name}.scale", q.scales, parameters=0)
-            inputs = [small, g.weight(f"{name}.weight", q.values), scale, columns, middle]
-            outputs.append(g.node("MatMulIntegerToFloat", inputs, name))
-        return outputs
+        return [_int8_product(g, small, scale, name, weight, self.pairs, name) for name, weight in weights.items()]
+
+
+def _int8_product(g: GraphBuilder, small: str, scale: str, name: str, weight: Floats, pairs: bool, result: str) -> str:
+    """The product of uint8 activations around 128 and int8 weights, times both their scales."""
+    q, middle = per_channel(weight, pairs), g.constant("middle", 128, np.uint8)
+    values, columns = g.weight(f"{name}.weight", q.values), g.weight(f"{name}.scale", q.scales, parameters=0)
+    return g.node("MatMulIntegerToFloat", [small, values, scale, columns, middle], result)
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,8 @@ class Writer:
         weights: Weights = self._checkpoint
         head = Head.of(self._checkpoint, config)
         stored = FLOAT32 if isinstance(recipe, Recipe) else recipe.stream
-        rotated = isinstance(recipe, Recipe) and recipe.rotated and Rotated(weights, config, head.weight)
-        if rotated:
-            weights = rotated
+        rotated = Rotated(weights, config, head.weight) if isinstance(recipe, Recipe) and recipe.rotated else None
+        weights = rotated or weights
         if isinstance(recipe, Recipe) and recipe.folded:
             weights = Folded(weights, config)
 
