@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,10 @@ class _Ending:
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
         cache: Cache = self._model.new_cache(cross, rows, capacity, candidates)
-        keep = cache.keep
+        keep, owner = type(cache).keep, weakref.proxy(cache)  # no cycle: the memory has to go when the prompt is done
 
         def kept(stay: Sequence[int]) -> list[int]:
-            order = keep(stay)
+            order = keep(owner, stay)
             self._samples = self._samples[order]
             return order
 

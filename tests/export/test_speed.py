@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 from benchmarks import speed
 from benchmarks.__main__ import cli
 from benchmarks.engines import ENGINES, LEVERS, Clock, Entry
+from benchmarks.engines.ours import make
 from benchmarks.jobs import NATURAL, QUICK, Request, forced
 from benchmarks.speed import Plan, _job_time
 from benchmarks.speed_page import page
@@ -99,6 +102,30 @@ def test_a_clock_that_is_over() -> None:
     assert not any(Clock(60).tick() for _ in range(20))
     late = Clock(-1)
     assert [late.tick() for _ in range(12)] == [False] * 10 + [True] * 2  # so that there are steps to extrapolate from
+
+
+def test_forced_ends_keep_no_prompts_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the peak of many papers in a row would be the harness's, not the engine's."""
+    ours, caches = make("int8"), []
+    ours.prepare(EXAMPLES / "checkpoint", tmp_path / "model")
+    ours.load(EXAMPLES / "checkpoint", tmp_path / "model", 1)
+    engine = ours._engine
+    assert engine
+    new_cache = engine.model.new_cache
+
+    def watched(*arguments: Any) -> Any:
+        cache = new_cache(*arguments)
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(engine.model, "new_cache", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        ours.run([5, 6, 1], (5, 3, 4), Clock(60))
+        assert [cache() is None for cache in caches] == [True]
+    finally:
+        gc.enable()
 
 
 def test_natural_lengths_are_like_the_cards() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -59,6 +63,37 @@ def test_streamed_samples_are_the_same(engine: Engine) -> None:
         assert "".join(token.text for token in tokens) == completion.text
     first_done = next(i for i, event in enumerate(events) if isinstance(event, Completion))
     assert any(isinstance(event, Token) for event in events[first_done:])  # others go on after one has finished
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """What is freed in here is freed by its last reference going, at once."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_a_prompts_memory_goes_with_its_last_sample(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of a long prompt are 200 MB; a server cannot wait for the garbage collector."""
+    caches: list[weakref.ref[Cache]] = []
+    new_cache = engine.model.new_cache
+
+    def watched(*arguments: object) -> Cache:
+        cache: Cache = new_cache(*arguments)  # type: ignore[arg-type]
+        caches.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(engine.model, "new_cache", watched)
+    with no_collector():
+        sampled(engine, 8)
+        stream = engine.stream(PROMPT, SamplingParams(n=2, seed=5))
+        next(stream)
+        assert [cache() is None for cache in caches] == [True, False]
+        stream.close()  # someone who reads no further
+        assert [cache() is None for cache in caches] == [True, True]
 
 
 def test_seeds(engine: Engine) -> None:
