@@ -24,9 +24,11 @@ test-gpu: .venv-gpu/done  ## The runtime's tests with onnxruntime for GPUs; it s
 test-transformers5: .venv-test5/done  ## The same against transformers 5
 	.venv-test5/bin/python -m pytest tests/export
 
-bench: .venv-bench/done  ## Every engine on FLAN-T5-large's shape; hours. Stop it and take it up again as you like
+bench: .venv-bench/done  ## Every engine on FLAN-T5-large's shape, then the page; two hours. Stop it and take it up again as you like
 	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large
 	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large --levers
+	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large --own
+	.venv-bench/bin/python -m benchmarks report
 
 lint: .venv-lint/done  ## ruff and mypy
 	.venv-lint/bin/ruff check

@@ -9,7 +9,7 @@ import click
 from benchmarks.engines import ENGINES, LEVERS
 from benchmarks.jobs import JOBS, QUICK
 from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
-from benchmarks.speed import Plan
+from benchmarks.speed import Plan, level, run_own
 from benchmarks.speed import run as run_plan
 from ramekin.session import usable_cores
 
@@ -17,6 +17,7 @@ _ROOT = Path(__file__).parents[1]
 _DEMO = _ROOT / "examples" / "checkpoint"
 _BEGIN, _END = "<!-- speed: made by python -m benchmarks report -->", "<!-- speed: end -->"
 _RESULTS = _ROOT / "benchmarks" / "results" / "speed"
+OURS = ("ramekin int4", "ramekin int8")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -29,21 +30,30 @@ def cli() -> None:
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Instead of a CHECKPOINT: random weights, made once.")
 @click.option("--quick", is_flag=True, help="The demo model and small jobs: a minute, for CI.")
 @click.option("--levers", is_flag=True, help="Not the engines, but our own levers, switched on one by one.")
+@click.option("--own", is_flag=True, help="Not the engines, but what `ramekin bench` tells of ours, for the page's goals.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice(list(ENGINES)), help="Only these.  [default: all]")
-@click.option("--job", "jobs", multiple=True, help=f"Only these: {', '.join(JOBS)}.  [default: all]")
+@click.option(
+    "--job",
+    "jobs",
+    multiple=True,
+    help=f"Only these, or 'all': {', '.join(JOBS)}.  [default: those of the README's table, after 900 tokens]",
+)
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), help="For every engine.  [default: the usable cores]")
-@click.option("--limit", type=float, default=240, show_default=True, help="Seconds after which a job is cut.")
+@click.option("--limit", type=float, default=30, show_default=True, help="Seconds after which a job is cut.")
 @click.option(
     "--work", type=click.Path(path_type=Path), default=_ROOT / ".bench", help="For converted models, environments."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The results.  [default: benchmarks/results/speed/MODEL.jsonl]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The results.  [default: benchmarks/results/speed/MODEL-LEVEL.jsonl]"
+)
 @click.option("--python", "pythons", multiple=True, metavar="NAME=PATH", help="Use this interpreter for an environment.")
 def run(
     checkpoint: str | None,
     shape: str | None,
     quick: bool,
     levers: bool,
+    own: bool,
     engines: tuple[str, ...],
     jobs: tuple[str, ...],
     rounds: int,
@@ -62,42 +72,52 @@ def run(
     """
     if sum(map(bool, (checkpoint, shape, quick))) != 1:
         raise click.UsageError("give a CHECKPOINT, or --shape, or --quick")
-    if levers and engines:
-        raise click.UsageError("--levers and --engine are one or the other")
+    if (levers, own, bool(engines)).count(True) > 1:
+        raise click.UsageError("choose one of --levers, --own and --engine")
     offered = QUICK if quick else JOBS
-    unknown = set(jobs) - set(offered)
+    unknown = set(jobs) - {*offered, "all"}
     if unknown:
         raise click.UsageError(f"no job {min(unknown)!r}; there are {', '.join(offered)}")
-    chosen = jobs or ([each for each in offered if each.endswith("n=16 natural")] if levers and not quick else offered)
+    if "all" in jobs or (quick and not jobs):
+        jobs = tuple(offered)
+    elif not jobs:
+        jobs = tuple(each for each in offered if each.startswith("900 ") and (not levers or "natural" in each))
     folder = _DEMO if quick else _random(work, shape) if shape else _local(str(checkpoint))
     model = "demo" if quick else shape or folder.name
     plan = Plan(
         model=model,
         checkpoint=folder.resolve(),
         work=work.resolve(),
-        engines=tuple(LEVERS) if levers else engines or tuple(ENGINES),
-        jobs={name: offered[name] for name in chosen},
+        engines=tuple(LEVERS) if levers else OURS if own else engines or tuple(ENGINES),
+        jobs={name: offered[name] for name in jobs},
         rounds=rounds,
         threads=threads or usable_cores(),
         limit_s=limit,
         pythons={name: Path(path) for name, _, path in (each.partition("=") for each in pythons)},
     )
-    run_plan(plan, out or _RESULTS / f"{model}{'-levers' if levers else ''}.jsonl")
+    kind = "-levers" if levers else "-own" if own else ""
+    out = out or _RESULTS / f"{model}-{level()}{kind}.jsonl"
+    click.echo(f"results: {out}", err=True)
+    (run_own if own else run_plan)(plan, out)
 
 
 @cli.command()
-@click.argument("results", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("results", required=False, type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--plots", type=click.Path(path_type=Path, file_okay=False), help="A folder for plots.  [default: none]")
 @click.option(
     "--readme", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Renew the table in this file too."
 )
-def report(results: Path, plots: Path | None, readme: Path | None) -> None:
-    """The page of a RESULTS file, on stdout.
+def report(results: Path | None, plots: Path | None, readme: Path | None) -> None:
+    """The page of a RESULTS file, on stdout; without one, of what was measured of FLAN-T5-large's shape on machines like this one.
 
     \b
-    Example:
-      python -m benchmarks report benchmarks/results/speed/flan-t5-large.jsonl --plots docs/plots > docs/speed.md
+    Examples:
+      python -m benchmarks report
+      python -m benchmarks report benchmarks/results/speed/flan-t5-large-amx.jsonl --plots docs/plots > docs/speed.md
     """
+    results = results or _RESULTS / f"flan-t5-large-{level()}.jsonl"
+    if not results.exists():
+        raise click.UsageError(f"there is no {results}; measure it with `make bench`, or name a file of results")
     from benchmarks.speed_page import page, summary
 
     click.echo(page(results, plots), nl=False)

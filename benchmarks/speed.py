@@ -15,15 +15,20 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engines import EXTRAPOLATED_FROM, entry
 from benchmarks.environments import installed, interpreter
-from benchmarks.jobs import Request
-from ramekin.ceiling import Ceiling
+from benchmarks.jobs import FORCED, NATURAL, Request
+from ramekin.ceiling import Ceiling, Work
+from ramekin.manifest import Manifest
 
 _ROOT = Path(__file__).parents[1]
+OWN_SOURCES = (256, 512, 900)
+"""Prompt lengths of `run_own`."""
+_LEVELS = {"amx": "amx_int8", "vnni": "avx512_vnni", "avx2": "avx2"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,12 @@ def machine() -> dict[str, Any]:
     return {"processor": cpu, "extensions": found, "cores": os.cpu_count(), "system": platform.system()}
 
 
+def level() -> str:
+    """The instructions that decide how fast int8 is here: results of machines that differ in them have files of their own."""
+    found = machine()["extensions"]
+    return next((name for name, extension in _LEVELS.items() if extension in found), platform.machine())
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """All lines of a results file; the last one may be cut."""
     rows = []
@@ -91,7 +102,7 @@ def run(plan: Plan, out: Path) -> None:
     rows, here = read(out), machine()
     there = next((row["machine"] for row in rows if "machine" in row), here)
     if there != here:
-        raise SystemExit(f"{out} was measured on another machine ({there['processor']}); choose another file")
+        raise SystemExit(f"{out} was measured on another machine ({there['processor']}); choose another one with --out")
     done = {(row["engine"], row["job"], row["round"]) for row in rows if "engine" in row and "error" not in row}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
@@ -111,6 +122,39 @@ def run(plan: Plan, out: Path) -> None:
                 row = {"engine": engine, "job": job, "round": number, **_run(plan, engine, plan.jobs[job])}
                 tell(row)
                 print(_line(row), file=sys.stderr, flush=True)
+
+
+def run_own(plan: Plan, out: Path) -> None:
+    """Add to `out` what `ramekin bench` tells of each of our engines, and the least that some jobs could take."""
+    done = {(row["engine"], row["source"]) for row in read(out)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+
+        def tell(row: dict[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+
+        for engine, source in product(plan.engines, OWN_SOURCES):
+            if (engine, source) in done or not _prepared(plan, engine, [{"about": engine}], tell):
+                continue
+            folder = plan.folder(engine)
+            options = ["--source", str(source), "--threads", str(plan.threads), "--json"]
+            command = [str(plan.python(engine)), "-m", "ramekin", "bench", str(folder), *options]
+            found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+            tell({"engine": engine, "source": source, **found, **_least(folder, source, Ceiling(**found["ceiling"]))})
+            print(f"{engine}, prompt of {source} tokens", file=sys.stderr, flush=True)
+
+
+def _least(folder: Path, source: int, ceiling: Ceiling) -> dict[str, float]:
+    """What this machine could do: seconds of 16 samples of natural lengths, and bytes that 16 samples of 100 tokens have to hold."""
+    manifest = Manifest.load(folder)
+    dims, natural = manifest.dims, Work(manifest, source, 1, 1).prefill_s(ceiling)
+    for position in range(max(NATURAL)):
+        running = sum(length > position for length in NATURAL)
+        natural += Work(manifest, source, running, 2 * position).step_s(ceiling)
+    weights = sum(file.bytes for name, file in manifest.files.items() if name in ("encoder.bin", "decoder.bin"))
+    cached = 4 * 2 * dims.decoder_layers * dims.num_heads * dims.head_dim * (source + len(NATURAL) * FORCED)
+    return {"natural_ceiling_s": natural, "held_bytes": weights + cached}
 
 
 def _prepared(plan: Plan, engine: str, rows: Sequence[Mapping[str, Any]], tell: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class Work:
         computing = self.n * (2 * weights / self._rate(ceiling) + attention / ceiling.float32)
         cached = 2 * dims.decoder_layers * inner * 4 * (self.source + self.n * position)
         return max(computing, (_bytes(self.manifest, "decoder") + cached) / ceiling.bandwidth)
+
+    def first_token_s(self, ceiling: Ceiling) -> float:
+        """Seconds for the encoder and the first step."""
+        return self.prefill_s(ceiling) + replace(self, tokens=1).step_s(ceiling)
 
     def job_s(self, ceiling: Ceiling) -> float:
         """Seconds for the whole job."""

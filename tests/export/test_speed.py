@@ -16,8 +16,9 @@ from benchmarks import speed
 from benchmarks.__main__ import cli
 from benchmarks.engines import ENGINES, LEVERS, Clock, Entry
 from benchmarks.engines.ours import make
+from benchmarks.goals import section
 from benchmarks.jobs import NATURAL, QUICK, Request, forced
-from benchmarks.speed import Plan, _job_time
+from benchmarks.speed import Plan, _job_time, good_runs
 from benchmarks.speed_page import page
 from ramekin_export.cli import EXAMPLES
 
@@ -126,6 +127,34 @@ def test_forced_ends_keep_no_prompts_memory(tmp_path: Path, monkeypatch: pytest.
         assert [cache() is None for cache in caches] == [True]
     finally:
         gc.enable()
+
+
+def test_goals_from_our_own_figures(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every figure that has a ceiling stands below it, and a second call measures nothing twice."""
+    monkeypatch.setattr(speed, "OWN_SOURCES", (900,))
+    ours = replace(plan, engines=("ramekin int8",))
+    out, own = tmp_path / "results.jsonl", tmp_path / "results-own.jsonl"
+    speed.run_own(ours, own)
+    first = own.read_text()
+    speed.run_own(ours, own)
+    assert own.read_text() == first
+    (row,) = speed.read(own)
+    assert 0 < row["natural_ceiling_s"] < row["jobs"][2]["job_s"]  # shorter than 16 samples of 100 tokens
+    assert all(0 < job["first_token_of_the_ceiling"] < 1 for job in row["jobs"])
+    run = {"engine": "ramekin int8", "round": 0, "job_s": 1.0, "requests": [[0.5, 1.0]], "cut": False, "peak_mb": 1e5}
+    peer = {**run, "engine": "transformers fp32", "job_s": 3.0}
+    lines = [
+        json.dumps({**each, "job": job, "cold_start_s": 1.5, "import_s": 0, "load_s": 0})
+        for each in (run, peer)
+        for job in ("900 n=16", "900 n=16 natural")
+    ]
+    out.write_text("\n".join(lines))
+    table = section(good_runs(speed.read(out)), [row])
+    assert "| 3.00 x | floor | ramekin int8, transformers fp32 |" in table
+    natural = next(line for line in table.splitlines() if "natural" in line)
+    assert row["natural_ceiling_s"] > 0.005
+    assert natural.endswith(f"| {row['natural_ceiling_s']:.0%} |")
+    assert "not measured" in table
 
 
 def test_natural_lengths_are_like_the_cards() -> None:
