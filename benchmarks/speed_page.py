@@ -180,12 +180,10 @@ def _levers(found: Mapping[tuple[str, str], Rows]) -> str:
         "| | job | times as fast as the line before | as the first line |",
         "|---|---|---|---|",
     ]
-    rows = [(name, _job_s(runs), _spread(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name]
-    for place, (name, seconds, spread) in enumerate(rows):
+    rows = [(name, _job_s(runs), _cell(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name]
+    for place, (name, seconds, cell) in enumerate(rows):
         before = rows[max(0, place - 1)][1]
-        lines.append(
-            f"| {name} | {_seconds(seconds)} ± {spread:.0%} | {before / seconds:.2f} | {rows[0][1] / seconds:.2f} |"
-        )
+        lines.append(f"| {name} | {cell} | {before / seconds:.2f} | {rows[0][1] / seconds:.2f} |")
     return "\n".join(lines) + "\n"
 
 
