@@ -129,19 +129,16 @@ def run_own(plan: Plan, out: Path) -> None:
     done = {(row["engine"], row["source"]) for row in read(out)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
-
-        def tell(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
         for engine, source in product(plan.engines, OWN_SOURCES):
-            if (engine, source) in done or not _prepared(plan, engine, [{"about": engine}], tell):
+            if (engine, source) in done or not _prepared(plan, engine, [{"about": engine}], lambda _failure: None):
                 continue
             folder = plan.folder(engine)
             options = ["--source", str(source), "--threads", str(plan.threads), "--json"]
             command = [str(plan.python(engine)), "-m", "ramekin", "bench", str(folder), *options]
             found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-            tell({"engine": engine, "source": source, **found, **_least(folder, source, Ceiling(**found["ceiling"]))})
+            row = {"engine": engine, "source": source, **found, **_least(folder, source, Ceiling(**found["ceiling"]))}
+            file.write(json.dumps(row) + "\n")
+            file.flush()
             print(f"{engine}, prompt of {source} tokens", file=sys.stderr, flush=True)
 
 
