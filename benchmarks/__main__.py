@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parents[1]
 _DEMO = _ROOT / "examples" / "checkpoint"
 _BEGIN, _END = "<!-- speed: made by python -m benchmarks report -->", "<!-- speed: end -->"
 _RESULTS = _ROOT / "benchmarks" / "results" / "speed"
-OURS = ("ramekin int4", "ramekin int8")
+_OURS = ("ramekin int4", "ramekin int8")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -88,7 +88,7 @@ def run(
         model=model,
         checkpoint=folder.resolve(),
         work=work.resolve(),
-        engines=tuple(LEVERS) if levers else OURS if own else engines or tuple(ENGINES),
+        engines=tuple(LEVERS) if levers else _OURS if own else engines or tuple(ENGINES),
         jobs={name: offered[name] for name in jobs},
         rounds=rounds,
         threads=threads or usable_cores(),

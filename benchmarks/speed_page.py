@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 _INTRODUCTION = """# Speed
 
 Made by `python -m benchmarks report`; what is timed, what is not and how to repeat it: [benchmarks/README.md](../benchmarks/README.md).
-Every figure is the median of {rounds} runs (or of as many as its line says), each in a fresh process; the engines of one call take
+Every figure is the median of as many runs as its table or line says, each in a fresh process; the engines of one call take
 turns, and which were measured in one call stands in the [log](log.md). "±" is half the distance between the fastest and the slowest run. `~` marks a job that was cut after {limit:.0f} s: its time is extrapolated from its last steps.
 
 - Model: **{model}**{random}.
@@ -41,7 +41,7 @@ def page(results: Path, plots: Path | None = None) -> str:
     engines = [engine for engine in ENGINES if any(engine == each for _, each in found)]
     lever_rows = read(results.with_name(f"{results.stem}-levers.jsonl"))
     levers = good_runs(lever_rows)
-    parts = [_introduction(rows[0], rows, found)]
+    parts = [_introduction(rows[0], rows)]
     if plots:
         _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
         parts.append(f"![Job time by engine]({plots.name}/{results.stem}-jobs.svg)\n")
@@ -58,13 +58,12 @@ def page(results: Path, plots: Path | None = None) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _introduction(head: Mapping[str, Any], rows: Rows, found: Mapping[tuple[str, str], Rows]) -> str:
+def _introduction(head: Mapping[str, Any], rows: Rows) -> str:
     ceilings = {
         name: [row["ceiling"][name] / 1e9 for row in rows if "ceiling" in row] for name in ("bandwidth", "int8", "float32")
     }
     machine = head["machine"]
     return _INTRODUCTION.format(
-        rounds=max(map(len, found.values())),
         limit=head["limit_s"],
         model=head["model"],
         random=", random weights" if head["model"].startswith("flan-t5-") else "",
@@ -79,14 +78,15 @@ def _introduction(head: Mapping[str, Any], rows: Rows, found: Mapping[tuple[str,
 
 def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
     fastest_peer = min((_job_s(runs) for engine, runs in entries if not engine.startswith("ramekin")), default=None)
-    lines = [
-        f"## {job}\n",
-        "| | job | fastest peer / this | first token | step p50 / p95 | tokens/s | cold start | peak memory |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
     requests = {**JOBS, **QUICK}[job]
     tokens = sum(sum(request.lengths) for request in requests)
     most = max(len(runs) for _, runs in entries)
+    lines = [
+        f"## {job}\n",
+        f"{most} run{'s'[: most > 1]} of each engine where its line says nothing else.\n",
+        "| | job | fastest peer / this | first token | step p50 / p95 | tokens/s | cold start | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for engine, runs in sorted(entries, key=lambda entry: _job_s(entry[1])):
         fewer = f" ({len(runs)} run{'s'[: len(runs) > 1]})" if len(runs) < most else ""
         job_s, cut = _job_s(runs), any(run["cut"] for run in runs)
