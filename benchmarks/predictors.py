@@ -14,7 +14,7 @@ import numpy.typing as npt
 from benchmarks.naive import Int8PerTensor, NearestPerBlock
 from ramekin import Engine, SamplingParams
 from ramekin_export.pipeline import export
-from ramekin_export.recipe import RECIPES, Int8Normed, Int8PerToken, Layers, PerBlock, Recipe
+from ramekin_export.recipe import RECIPES, Int8Normed, Int8PerToken, Int8TwoBytes, Layers, PerBlock, Recipe
 from ramekin_export.verify import Checks
 
 Floats = npt.NDArray[np.float32]
@@ -221,7 +221,11 @@ _NAIVE = Recipe(
     rotated=False,
     folded=False,
 )
-_SATURATING = Layers(Int8Normed(pairs=False), Int8PerToken(pairs=False))
+_SATURATING = replace(
+    _INT8,
+    encoder=Layers(Int8Normed(pairs=False), Int8PerToken(pairs=False)),
+    decoder=Layers(Int8Normed(pairs=False), Int8TwoBytes(pairs=False)),
+)
 Make = Callable[[Path, Path, "Path | None"], Predictor]
 PREDICTORS: Mapping[str, Make] = {
     "fp32": _ours(RECIPES["fp32"], "fp32"),
@@ -230,7 +234,8 @@ PREDICTORS: Mapping[str, Make] = {
     "int8, scales by token": _ours(replace(_INT8, encoder=_BY_TOKEN, decoder=_BY_BLOCK)),
     "int8, not folded": _ours(replace(_INT8, folded=False)),
     "int8, one scale for all tokens": _ours(replace(_INT8, encoder=Layers(Int8Normed(), Int8PerTensor()))),
-    "int8, pairs that saturate": _ours(replace(_INT8, encoder=_SATURATING)),
+    "int8, o and wo in blocks of 128": _ours(replace(_INT8, decoder=Layers(Int8Normed(), PerBlock(8)))),
+    "int8, pairs that saturate": _ours(_SATURATING),
     "int8, head in blocks of 32": _ours(replace(_INT8, head=PerBlock(8, block=32))),
     "int8, naive": _ours(_NAIVE),
     "int4": _ours(_INT4, "int4"),

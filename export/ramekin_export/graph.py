@@ -20,6 +20,7 @@ _IR_VERSIONS = {18: 9, 24: 11}
 MICROSOFT = "com.microsoft"
 _MICROSOFT_OPS = {
     "FastGelu",
+    "FusedMatMul",
     "Gelu",
     "GroupQueryAttention",
     "MatMulIntegerToFloat",

@@ -14,6 +14,7 @@ from ramekin_export.graph import GraphBuilder
 from ramekin_export.quantize import per_block, per_channel
 
 _MIDDLE = numpy_helper.from_array(np.array([128], np.uint8), "middle")
+_COARSE, _FINE = 1 / 127, 1 / 127 / 254  # what a coarse step leaves is at most half of it: 127 fine ones
 
 
 class Linear(Protocol):
@@ -88,6 +89,40 @@ class Int8Normed:
         middle = g.constant("middle", 128, np.uint8)
         small = g.node("QuantizeLinear", [x, scale, middle], f"{next(iter(weights))}.input")
         return [_int8_product(g, small, scale, name, weight, self.pairs, name) for name, weight in weights.items()]
+
+
+@dataclass(frozen=True)
+class Int8TwoBytes:
+    """int8 weights with a scale for each output; activations become two uint8 around 128: a coarse one, and the rest of it.
+
+    For the decoder's `o` and `wo`, whose inputs no constant scale fits, and whose few large values leave too little of
+    8 bits to the others. Both bytes of a row are rows of one product, which reads each weight once. Values are divided by
+    the norm of their row, which is never less than the largest of them: so scales are constant, and nothing is clipped.
+
+    Attributes:
+        pairs: keep integer sums exact on every processor, see `per_channel`.
+    """
+
+    pairs: bool = True
+    form: str = "int8 per channel, activations 16 bits per token"
+
+    def __call__(self, g: GraphBuilder, x: str, weights: Mapping[str, Floats]) -> list[str]:
+        """Project `x (n, 1, in)` by each of the weights `(out, in)`, called after the values that they make."""
+        at, middle = f"{next(iter(weights))}.input", g.constant("middle", 128, np.uint8)
+        coarse, fine = g.constant("coarse_step", _COARSE, np.float32), g.constant("fine_step", _FINE, np.float32)
+        norm = g.node("ReduceL2", [x, g.constant("last_axis", [-1])], f"{at}.norm")
+        scale = g.node("Max", [norm, g.constant("tiny", 1e-30, np.float32)], f"{at}.scale")
+        unit = g.node("Div", [x, scale], f"{at}.unit")
+        high = g.node("QuantizeLinear", [unit, coarse, middle], f"{at}.high")
+        rest = g.node("Sub", [unit, g.node("DequantizeLinear", [high, coarse, middle], f"{at}.rounded")], f"{at}.rest")
+        low = g.node("QuantizeLinear", [rest, fine, middle], f"{at}.low")
+        rows = g.node("Concat", [high, low], at, axis=1)  # (n, 2, in)
+        scales = g.node("Mul", [scale, g.constant("both_steps", [_COARSE, _FINE], np.float32)], f"{at}.scales")  # (n, 1, 2)
+        one, outputs = g.constant("one_float", 1, np.float32), []
+        for name, weight in weights.items():
+            parts = _int8_product(g, rows, one, name, weight, self.pairs, f"{name}.parts")
+            outputs.append(g.node("MatMul", [scales, parts], name))
+        return outputs
 
 
 def _int8_product(g: GraphBuilder, small: str, scale: str, name: str, weight: Floats, pairs: bool, result: str) -> str:
@@ -199,7 +234,7 @@ RECIPES: dict[str, Recipe] = {
     "fp32": Recipe(_FLOAT32, _FLOAT32, Float32(), rotated=False, folded=False),
     # Many samples are bound by arithmetic, and integer products at a constant scale are the fastest there is; few samples by
     # the bytes of the weights, of which int4 has half.
-    "int8": Recipe(_ENCODER, Layers(Int8Normed(), PerBlock(8)), PerBlock(8), most_divergence=0.01),
+    "int8": Recipe(_ENCODER, Layers(Int8Normed(), Int8TwoBytes()), PerBlock(8), most_divergence=0.01),
     "int4": Recipe(_ENCODER, Layers.alike(PerBlock(4, block=256)), PerBlock(8), calibrated=True, most_divergence=0.1),
 }
 
