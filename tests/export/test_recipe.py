@@ -46,8 +46,8 @@ def test_two_bytes_lose_next_to_nothing_of_the_activations(tmp_path: Path) -> No
     exact = x.astype(np.float64) @ (q.values * q.scales).astype(np.float64)
     found = computed(tmp_path, Int8TwoBytes(), x)
     norms = np.linalg.norm(x, axis=-1, keepdims=True)
-    # Each value is off by half a fine step of its row's norm at most: so a sum of 2,816 of them by about this. One byte would
-    # leave 254 times as much.
+    # Each value is off by half a fine step of its row's norm at most, so a sum of 2,816 of them by about this. One byte
+    # would leave 254 times as much.
     step = norms / 127 / 254 / np.sqrt(12) * np.linalg.norm(weight(), axis=1)
     assert (np.abs(found - exact) <= 10 * step + 1e-5 * np.abs(exact)).all()
     assert not found[4].any()
