@@ -145,13 +145,13 @@ def run_own(plan: Plan, out: Path) -> None:
 def _least(folder: Path, source: int, ceiling: Ceiling) -> dict[str, float]:
     """What this machine could do: seconds of 16 samples of natural lengths, and bytes that 16 samples of 100 tokens have to hold."""
     manifest = Manifest.load(folder)
-    dims, natural = manifest.dims, Work(manifest, source, 1, 1).prefill_s(ceiling)
+    natural = Work(manifest, source, 1, 1).prefill_s(ceiling)
     for position in range(max(NATURAL)):
         running = sum(length > position for length in NATURAL)
         natural += Work(manifest, source, running, 2 * position).step_s(ceiling)
     weights = sum(file.bytes for name, file in manifest.files.items() if name in ("encoder.bin", "decoder.bin"))
-    cached = 4 * 2 * dims.decoder_layers * dims.num_heads * dims.head_dim * (source + len(NATURAL) * FORCED)
-    return {"natural_ceiling_s": natural, "held_bytes": weights + cached}
+    held = weights + Work(manifest, source, len(NATURAL), FORCED).cached_bytes(FORCED)
+    return {"natural_ceiling_s": natural, "held_bytes": held}
 
 
 def _prepared(plan: Plan, engine: str, rows: Sequence[Mapping[str, Any]], tell: Any) -> bool:

@@ -69,8 +69,8 @@ class Work:
         weights = dims.decoder_layers * (6 * dims.d_model * inner + self._forward(dims)) + dims.vocab_size * dims.d_model
         attention = dims.decoder_layers * 4 * (self.source + position) * inner
         computing = self.n * (2 * weights / self._rate(ceiling) + attention / ceiling.float32)
-        cached = 2 * dims.decoder_layers * inner * 4 * (self.source + self.n * position)
-        return max(computing, (_bytes(self.manifest, "decoder") + cached) / ceiling.bandwidth)
+        moved = _bytes(self.manifest, "decoder") + self.cached_bytes(position)
+        return max(computing, moved / ceiling.bandwidth)
 
     def first_token_s(self, ceiling: Ceiling) -> float:
         """Seconds for the encoder and the first step."""
@@ -79,6 +79,11 @@ class Work:
     def job_s(self, ceiling: Ceiling) -> float:
         """Seconds for the whole job."""
         return self.prefill_s(ceiling) + self.tokens * self.step_s(ceiling)
+
+    def cached_bytes(self, position: int) -> int:
+        """Bytes of keys and values: the prompt's, once, and those of n samples that are `position` tokens long."""
+        dims = self.manifest.dims
+        return 2 * dims.decoder_layers * _inner(dims) * 4 * (self.source + self.n * position)
 
     def _forward(self, dims: Dims) -> int:
         return (2 if self.manifest.variant == "t5-v1.0" else 3) * dims.d_model * dims.d_ff
