@@ -6,6 +6,7 @@ is not done again. An engine that fails leaves its error there and does not stop
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ from ramekin.manifest import Manifest
 _ROOT = Path(__file__).parents[1]
 OWN_SOURCES = (256, 512, 900)
 """Prompt lengths of `run_own`."""
+_ARCH_PRCTL = 158  # on x86-64, the only architecture that has it
 _LEVELS = {"amx": "amx_int8", "vnni": "avx512_vnni", "avx2": "avx2"}
 
 
@@ -77,7 +79,18 @@ def machine() -> dict[str, Any]:
         cpu, flags = names.get("model name", cpu), names.get("flags", "")
     wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     found = [each for each in wanted if each in flags.split()]
+    if any(each.startswith("amx") for each in found) and not _amx_granted():
+        found = [each for each in found if not each.startswith("amx")]
     return {"processor": cpu, "extensions": found, "cores": os.cpu_count(), "system": platform.system()}
+
+
+def _amx_granted() -> bool:
+    """Whether the system lets processes use AMX, which they have to ask for; a sandbox may refuse, and then engines do without.
+
+    Source: Linux, Documentation/arch/x86/xstate.rst.
+    """
+    permit, tiles = 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, permit, tiles) == 0)
 
 
 def level() -> str:

@@ -71,6 +71,14 @@ def test_results_of_another_machine_are_not_added_to(plan: Plan, tmp_path: Path)
         speed.run(plan, out)
 
 
+@pytest.mark.parametrize(("granted", "level"), [(True, "amx"), (False, "vnni")])
+def test_amx_that_the_system_refuses_does_not_count(granted: bool, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    monkeypatch.setattr(Path, "read_text", lambda _: "model name: Z80\nflags: avx2 avx512_vnni amx_int8\n")
+    monkeypatch.setattr(speed, "_amx_granted", lambda: granted)
+    assert speed.level() == level
+
+
 def test_one_that_fails_does_not_lose_the_others(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "broken", Entry("no_such_engine", {}, ("numpy",), ("numpy",)))
     out = tmp_path / "results.jsonl"
