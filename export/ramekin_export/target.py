@@ -57,24 +57,37 @@ def whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, and vanishes if anything goes wrong before."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    retired = folder.with_suffix(".old")
     try:
         os.umask(umask := os.umask(0))
         folder.chmod(0o777 & ~umask)
         yield folder
         check_target(out, force)  # somebody may have put something there meanwhile
-        if out.exists():
-            out.rename(retired)
-        try:
-            folder.rename(out)
-        except BaseException:
-            if retired.exists():
-                retired.rename(out)
-            raise
+        _take_place(folder, out)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise OSError(errno.ENOSPC, f"{out.parent}: no space left on this disk; free some and export again") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _take_place(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; the model that was there is given up only once the new one stands in its place.
+
+    Raises:
+        FileExistsError: somebody put something else there at this moment.
+    """
+    retired = folder.with_suffix(".old")
+    try:
+        if out.exists():
+            out.rename(retired)
+        folder.rename(out)
+    except BaseException as error:  # an interrupt may come between the two
+        if folder.exists() and retired.exists():
+            if out.exists():
+                raise FileExistsError(f"{out}: something was put there meanwhile; the model before is in {retired}") from error
+            retired.rename(out)
+        raise
+    finally:
+        if not folder.exists():
+            shutil.rmtree(retired, ignore_errors=True)

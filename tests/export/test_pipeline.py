@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from ramekin.manifest import FileRecord, Manifest
 from ramekin_export import pipeline, writer
 from ramekin_export.graph import WeightFile
 from ramekin_export.pipeline import export
+from ramekin_export.target import whole_or_not_at_all
 from ramekin_export.verify import Checks
 from tests.make_runtime_model import TINY, train_tokenizer
 from tests.runtime.conftest import TINY_MODEL
@@ -68,6 +70,46 @@ def test_force_replaces_a_model_of_an_older_format(checkpoint: Callable[[str], P
         Engine.load(out)
     export(str(checkpoint("flan")), out, "fp32", force=True)
     assert Engine.load(out)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupt_between_both_renames_loses_no_model(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, out)
+    rename = Path.rename
+
+    def interrupted(path: Path, target: Path) -> None:
+        rename(path, target)
+        if (path if moment == "before" else target) == out:
+            monkeypatch.setattr(Path, "rename", rename)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_or_not_at_all(out, force=True) as new:
+        shutil.copytree(TINY_MODEL, new, dirs_exist_ok=True)
+        (new / "new").touch()
+    assert names(tmp_path) == ["model"]
+    assert (out / "new").exists() == (moment == "after")
+
+
+def test_what_is_put_there_meanwhile_costs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, out)
+    rename = Path.rename
+
+    def disturbed(path: Path, target: Path) -> None:
+        rename(path, target)
+        if path == out:
+            (out / "other").mkdir(parents=True)
+
+    monkeypatch.setattr(Path, "rename", disturbed)
+    with pytest.raises(FileExistsError, match="the model before is in ") as caught, whole_or_not_at_all(out, force=True):
+        pass
+    kept = Path(str(caught.value).rpartition(" is in ")[2])
+    Manifest.load(kept).check_files(kept, hash_up_to=None)
+    assert names(out) == ["other"]
 
 
 def test_force_replaces_nothing_but_models(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
