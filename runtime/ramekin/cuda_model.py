@@ -45,6 +45,7 @@ from ramekin.session import onnxruntime, open_session
 SOURCE_STEP, CAPACITY_STEP = 64, 8
 """Prompts and caches are as long as a multiple of these, so that jobs of about the same size share memory and recordings."""
 _TOGETHER = 16  # prompts
+_MOST_RECORDED = 32
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
 Result = TypeVar("Result")
@@ -217,10 +218,15 @@ class CudaModel:
             binding.bind_ortvalue_output(output, values[name])
         options = self._ort.RunOptions()
         if self._device == "cuda":  # what was recorded with these addresses is replayed; -1: nothing is
-            key = cache.cross.memory.number, cache.memory.number
-            number = self._recordings.setdefault(key, len(self._recordings) + 1) if self._records else -1
-            options.add_run_config_entry("gpu_graph_id", str(number))
+            options.add_run_config_entry("gpu_graph_id", str(self._recording(cache)))
         return binding, options, (kept, host)
+
+    def _recording(self, cache: CudaCache) -> int:
+        """The number of the recording for these addresses; -1 for none. A session keeps its recordings, so they are few."""
+        key = cache.cross.memory.number, cache.memory.number
+        if not self._records or (key not in self._recordings and len(self._recordings) == _MOST_RECORDED):
+            return -1
+        return self._recordings.setdefault(key, len(self._recordings) + 1)
 
     def _twice(self, run: Callable[[], Result], needed: int) -> Result:
         """Run something on the device; once more without idle memory, if there was too little."""

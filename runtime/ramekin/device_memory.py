@@ -113,7 +113,8 @@ class Pool:
         with device_errors(self._device, plan.bytes):
             values = {name: make(list(shape), kind, self._device, 0) for name, shape, kind in plan.tensors}
             for name, shape, kind in plan.tensors:
-                if name.startswith("past_"):  # attention multiplies what it masks by 0, and fresh memory may hold NaN
+                # Attention multiplies what it masks by 0, and fresh memory may hold NaN.
+                if kind != INT64 and name.startswith("past_"):
                     values[name].update_inplace(np.zeros(shape, np.float32 if kind == FLOAT32 else np.float16))
         self._made += 1
         return Memory(values, self._made)

@@ -14,7 +14,7 @@ import pytest
 
 from ramekin import Completion, Engine, ModelFormatError, ProviderError, RamekinError, SamplingParams
 from ramekin.cuda_model import CudaModel
-from ramekin.device_memory import Plan, Pool
+from ramekin.device_memory import BYTES, Plan, Pool
 from ramekin.manifest import TOP_K, Dims, Manifest
 from ramekin.session import open_session
 from tests.runtime.conftest import CUDA_MODEL
@@ -100,6 +100,23 @@ def test_jobs_of_one_size_share_memory(cuda: Engine) -> None:
     assert places(65, 5, 48)[0] != first[0]
     assert places(64, 6, 48)[1] != first[1]
     assert places(50, 5, 41) == first
+
+
+def test_fresh_caches_are_zero_and_nothing_else_is_touched() -> None:
+    """NaN times 0 is NaN; lengths are named as caches are, but hold integers."""
+    written: list[tuple[str, tuple[int, ...]]] = []
+
+    class Value:
+        def __init__(self, shape: list[int], kind: int, *_: object) -> None:
+            self.shape, self.kind = tuple(shape), kind
+
+        def update_inplace(self, array: Any) -> None:
+            assert array.shape == self.shape and array.itemsize == BYTES[self.kind] and not array.any()
+            written.append(self.shape)
+
+    plan = Plan.of_samples(LARGE, floats=16, rows=64, capacity=104, candidates=4)
+    Pool(SimpleNamespace(OrtValue=SimpleNamespace(ortvalue_from_shape_and_type=Value)), "cuda").lend(plan, Borrower())
+    assert written == [(64, 104, 1024)] * 48
 
 
 def test_what_a_job_of_flan_t5_large_takes() -> None:
@@ -201,7 +218,7 @@ def test_other_failures_are_one_line_too(cuda: Engine) -> None:
         model.step([0, 0], cache)
 
 
-def test_recordings_have_a_number_for_each_size_of_job(cuda: Engine) -> None:
+def test_recordings_have_a_number_for_each_size_of_job(cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but for the copies; -1 means that nothing is recorded, which is what a failure leads to."""
     model: Any = cuda.model
     model._records, model._decoder = True, Failing(model._decoder)
@@ -219,13 +236,18 @@ def test_recordings_have_a_number_for_each_size_of_job(cuda: Engine) -> None:
     for cache in (*caches, *caches):
         model.step([0] * cache.rows, cache)
     assert model._decoder.ids == ["1", "2", "1", "2"]
+    monkeypatch.setattr("ramekin.cuda_model._MOST_RECORDED", 2)  # a session never gives a recording back
+    for cache in (model.new_cache(caches[0].cross, 4, 8, 4), *caches):
+        cache.binding = None
+        model.step([0] * cache.rows, cache)
+    assert model._decoder.ids[4:] == ["-1", "1", "2"]
     model._decoder = Failing(model._decoder._session, "Graph capture did not complete after 2 runs")
     caches[0].binding = None
     with pytest.warns(RuntimeWarning, match="steps are not recorded as CUDA graphs: .*did not complete"):
         model.step([0, 0], caches[0])
     model.step([0, 0], caches[0])
     assert model._decoder.ids == ["1", "-1", "-1"]
-    assert caches[0].length == 4
+    assert caches[0].length == 5
 
 
 def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
