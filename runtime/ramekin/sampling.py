@@ -206,14 +206,16 @@ def rank(logits: Floats, params: SamplingParams) -> Ranked:
     """
     vocab, outside = logits.shape[1], None
     if params.greedy:
-        count = 1
-    elif params.top_k:
+        ids = logits.argmax(axis=1)[:, None]  # of equal ones the first, as transformers does
+        return Ranked(np.take_along_axis(logits, ids, axis=1), ids)
+    if params.top_k:
         place = vocab - min(params.top_k, vocab)
         count = int((logits >= np.partition(logits, place, axis=1)[:, place, None]).sum(axis=1).max())
     else:
         mass = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / params.temperature)
         outside = mass.sum(axis=1, keepdims=True)
         count = int((mass >= (1 - params.top_p) / max(vocab - 1, 1) * outside).sum(axis=1).max())
+    count = max(count, 1)  # 0 if all are equal and top_p is tiny, or one is NaN, which is told with the log-probabilities
     if count < vocab:
         ids = np.argpartition(logits, vocab - count, axis=1)[:, vocab - count :]
         ids.sort(axis=1)

@@ -173,6 +173,30 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
         log_probabilities(np.full((1, 5), np.nan, np.float32), np.array([0]))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rules", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.5}, {"repetition_penalty": 2.0}, {"greedy": True}])
+@pytest.mark.parametrize("where", [slice(None), slice(3, 4)])
+def test_a_step_of_logits_that_are_not_numbers_is_told(rules: dict[str, object], where: slice) -> None:
+    full = np.zeros((2, 300), np.float32)
+    full[1, where] = np.nan
+    params = SamplingParams(**rules)
+    with pytest.raises(RamekinError, match="not numbers"):
+        choose(whole(full, params.candidates), [[0]] * 2, [1], params, np.array([0.5, 0.5]))
+
+
+def test_the_most_likely_token_always_stays() -> None:
+    """Even where all are equal and top_p is less than the share of one."""
+    assert kept([0.25] * 4, top_p=1e-5) == [1.0]
+
+
+def test_the_first_of_equal_tokens_is_the_greedy_one() -> None:
+    """From the decoder's ranking and from all logits alike, and as transformers does."""
+    full = np.zeros((1, 1000), np.float32)
+    full[0, [7, 400, 900]] = 5
+    for params in (SamplingParams(greedy=True), SamplingParams(greedy=True, no_repeat_ngram_size=2)):
+        assert choose(whole(full, params.candidates), [[0]], [1], params, np.array([0.0]))[0].item() == 7
+
+
 @pytest.mark.parametrize(
     ("name", "value", "error"),
     [
