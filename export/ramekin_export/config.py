@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ramekin.config_files import feed_forward_of, variant_of
 from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import Dims
 
 _FAMILY = {"t5", "mt5"}
-_ACTIVATIONS = {"relu", "gelu", "gelu_new"}
+ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}
+"""The operator for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class T5Config:
         tied: what the config says of `tie_word_embeddings`; None if nothing.
         scaled: what the config says of `scale_decoder_outputs` (transformers 5); None if nothing.
         saved_by: the first number of the version of transformers that wrote the config; 0 if it does not say.
+        model_type: "t5" or "mt5".
+        variant: the member of the family, for people.
     """
 
     dims: Dims
@@ -40,11 +44,7 @@ class T5Config:
     scaled: bool | None
     saved_by: int
     model_type: str
-
-    @property
-    def variant(self) -> str:
-        """The member of the family, for people."""
-        return self.model_type if self.model_type != "t5" else "t5-v1.1" if self.gated else "t5-v1.0"
+    variant: str
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> T5Config:
@@ -58,11 +58,11 @@ class T5Config:
             raise CheckpointError(
                 f"config.json: model_type {model_type!r}; only {' and '.join(sorted(_FAMILY))} checkpoints can be exported"
             )
-        projection = str(raw.get("feed_forward_proj", "gated-gelu" if model_type == "mt5" else "relu"))
+        projection = feed_forward_of(raw)
         gated, activation = projection.startswith("gated-"), projection.removeprefix("gated-")
         if projection == "gated-gelu":
             activation = "gelu_new"  # as transformers does, whatever dense_act_fn says
-        if activation not in _ACTIVATIONS:
+        if activation not in ACTIVATIONS:
             raise CheckpointError(f"config.json: feed_forward_proj {projection!r} is not supported")
         layers = raw.get("num_layers", 6)
         try:
@@ -93,6 +93,7 @@ class T5Config:
             scaled=_flag(raw, "scale_decoder_outputs"),
             saved_by=int(version[1]) if (version := re.match(r"(\d{1,3})\.", str(raw.get("transformers_version")))) else 0,
             model_type=str(model_type),
+            variant=variant_of(raw),
         )
 
     def head(self, equal_to_embedding: bool | None) -> bool:

@@ -10,7 +10,7 @@ from ramekin_export.config import T5Config
 from ramekin_export.cuda_layers import OPSET, Stack
 from ramekin_export.formats import Format, narrowed
 from ramekin_export.graph import GraphBuilder, WeightFile
-from ramekin_export.layers import encoder_bias_table
+from ramekin_export.layers import encoder_bias, encoder_bias_table
 from ramekin_export.weights import Weights
 
 
@@ -44,15 +44,7 @@ def build_cuda_encoder(
 
 
 def _bias(g: GraphBuilder, c: Weights, config: T5Config, form: Format, positions: str) -> str:
-    """The relative position bias `(1, heads, S, S)`, looked up once in a table and added in every layer."""
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     table = encoder_bias_table(config, c.tensor(f"{name}.weight", config.buckets, config.dims.num_heads))
-    queries = g.node("Unsqueeze", [positions, g.constant("axis_1", [1])], "encoder.positions.query")
-    offset = g.node("Sub", [positions, queries], "encoder.positions.offset")
-    limit = config.max_distance
-    low, high = g.constant("minus_max_distance", -limit), g.constant("max_distance", limit)
-    column = g.node("Add", [g.node("Clip", [offset, low, high], "encoder.positions.near"), high], "encoder.positions.column")
-    rows = g.node(
-        "Gather", [g.weight(f"{name}.table", narrowed(name, table, form.products)), column], "encoder.bias.heads", axis=1
-    )
-    return g.node("Unsqueeze", [rows, g.constant("axis_0", [0])], "encoder.bias")
+    narrow = g.weight(f"{name}.table", narrowed(name, table, form.products))
+    return encoder_bias(g, narrow, positions, config.max_distance)

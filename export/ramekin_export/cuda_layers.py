@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ramekin_export.config import T5Config
+from ramekin_export.config import ACTIVATIONS, T5Config
 from ramekin_export.formats import Format, narrowed
 from ramekin_export.graph import GraphBuilder
 from ramekin_export.recipe import names, project
 from ramekin_export.weights import Weights
 
 OPSET = 24  # the first with TensorScatter, and with lengths of keys in Attention
-_ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}
 
 
 class Stack:
@@ -61,7 +60,7 @@ class Stack:
         parts = ["wi_0", "wi_1"] if self._config.gated else ["wi"]
         weights = {f"{at}.{part}": self._c.tensor(f"{at}.{part}.weight", inner, width) for part in parts}
         gate, *up = self._form.gates(g, normed, weights)
-        hidden = g.node(_ACTIVATIONS[self._config.activation], [gate], f"{at}.activation")
+        hidden = g.node(ACTIVATIONS[self._config.activation], [gate], f"{at}.activation")
         if up:
             hidden = g.node("Mul", [hidden, *up], f"{at}.gated")
         self._new = project(g, self._form.wo, hidden, f"{at}.wo", self._c.tensor(f"{at}.wo.weight", width, inner))

@@ -8,7 +8,7 @@ from onnx import TensorProto
 from ramekin.manifest import INPUT_IDS, cross_shapes
 from ramekin_export.config import T5Config
 from ramekin_export.graph import GraphBuilder, WeightFile
-from ramekin_export.layers import add_and_norm, encoder_bias_table, feed_forward
+from ramekin_export.layers import add_and_norm, encoder_bias, encoder_bias_table, feed_forward
 from ramekin_export.recipe import Recipe, names, project
 from ramekin_export.weights import Weights
 
@@ -46,19 +46,11 @@ def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: Tenso
 
 
 def _bias(g: GraphBuilder, c: Weights, config: T5Config, ids: str) -> str:
-    """The relative position bias `(1, heads, S, S)`, looked up once in a table and added in every layer."""
     name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias"
     table = encoder_bias_table(config, c.tensor(f"{name}.weight", config.buckets, config.dims.num_heads))
     length = g.node("Squeeze", [g.node("Shape", [ids], "encoder.length", start=1)], "encoder.positions.end")
-    zero, one = g.constant("zero", 0), g.constant("one", 1)
-    positions = g.node("Range", [zero, length, one], "encoder.positions")
-    queries = g.node("Unsqueeze", [positions, g.constant("axis_1", [1])], "encoder.positions.query")
-    offset = g.node("Sub", [positions, queries], "encoder.positions.offset")
-    limit = config.max_distance
-    low, high = g.constant("minus_max_distance", -limit), g.constant("max_distance", limit)
-    column = g.node("Add", [g.node("Clip", [offset, low, high], "encoder.positions.near"), high], "encoder.positions.column")
-    rows = g.node("Gather", [g.weight(f"{name}.table", table), column], "encoder.bias.heads", axis=1)
-    return g.node("Unsqueeze", [rows, g.constant("axis_0", [0])], "encoder.bias")
+    positions = g.node("Range", [g.constant("zero", 0), length, g.constant("one", 1)], "encoder.positions")
+    return encoder_bias(g, g.weight(f"{name}.table", table), positions, config.max_distance)
 
 
 def _cross(g: GraphBuilder, c: Weights, config: T5Config, recipe: Recipe, hidden: str) -> None:

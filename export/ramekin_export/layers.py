@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ramekin.cache import Floats
-from ramekin_export.config import T5Config
+from ramekin_export.config import ACTIVATIONS, T5Config
 from ramekin_export.graph import GraphBuilder
 from ramekin_export.recipe import Layers, project
 from ramekin_export.weights import Weights
@@ -40,7 +40,7 @@ def feed_forward(g: GraphBuilder, c: Weights, config: T5Config, forms: Layers, x
     width, inner = config.dims.d_model, config.dims.d_ff
     if not config.gated:
         hidden = project(g, forms.inward, x, f"{at}.wi", c.tensor(f"{at}.wi.weight", inner, width))
-        hidden = _activate(g, config, hidden, f"{at}.activation")
+        hidden = g.node(ACTIVATIONS[config.activation], [hidden], f"{at}.activation")
     else:
         halves = [c.tensor(f"{at}.wi_{i}.weight", inner, width) for i in (0, 1)]
         if merged:
@@ -49,12 +49,9 @@ def feed_forward(g: GraphBuilder, c: Weights, config: T5Config, forms: Layers, x
             gate, up = g.nodes("Split", [both, sizes], f"{at}.split", [f"{at}.gate", f"{at}.up"], axis=-1)
         else:
             gate, up = forms.inward(g, x, {f"{at}.wi_0": halves[0], f"{at}.wi_1": halves[1]})
-        hidden = g.node("Mul", [_activate(g, config, gate, f"{at}.activation"), up], f"{at}.gated")
+        active = g.node(ACTIVATIONS[config.activation], [gate], f"{at}.activation")
+        hidden = g.node("Mul", [active, up], f"{at}.gated")
     return project(g, forms.outward, hidden, f"{at}.wo", c.tensor(f"{at}.wo.weight", width, inner))
-
-
-def _activate(g: GraphBuilder, config: T5Config, x: str, at: str) -> str:
-    return g.node({"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}[config.activation], [x], at)
 
 
 def position_bucket(distance: npt.NDArray[np.int64], buckets: int, max_distance: int) -> npt.NDArray[np.int64]:
@@ -74,6 +71,16 @@ def encoder_bias_table(config: T5Config, embedding: Floats) -> Floats:
     offset = np.arange(-config.max_distance, config.max_distance + 1)
     bucket = position_bucket(np.abs(offset), half, config.max_distance) + np.where(offset > 0, half, 0)
     return np.ascontiguousarray(embedding[bucket].T)
+
+
+def encoder_bias(g: GraphBuilder, table: str, positions: str, max_distance: int) -> str:
+    """The bias `(1, heads, S, S)` of `positions (S,)`, looked up once in the table and added in every layer."""
+    queries = g.node("Unsqueeze", [positions, g.constant("axis_1", [1])], "encoder.positions.query")
+    offset = g.node("Sub", [positions, queries], "encoder.positions.offset")
+    low, high = g.constant("minus_max_distance", -max_distance), g.constant("max_distance", max_distance)
+    column = g.node("Add", [g.node("Clip", [offset, low, high], "encoder.positions.near"), high], "encoder.positions.column")
+    rows = g.node("Gather", [table, column], "encoder.bias.heads", axis=1)
+    return g.node("Unsqueeze", [rows, g.constant("axis_0", [0])], "encoder.bias")
 
 
 def decoder_bias_table(config: T5Config, embedding: Floats) -> Floats:

@@ -12,7 +12,7 @@ from ramekin.manifest import SpecialTokens
 from ramekin.sampling import SamplingParams
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-_SENTINELS = 100
+_SENTINELS, _MOST_SENTINELS = 100, 10_000
 _SAMPLING = (
     "max_new_tokens",
     "min_new_tokens",
@@ -61,6 +61,17 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
             raise CheckpointError(f"{GENERATION}: {error}") from None
         return {}  # greedy checkpoints carry values such as temperature 0 that mean nothing
     return values
+
+
+def feed_forward_of(raw: Mapping[str, Any]) -> str:
+    """The feed-forward block's kind in a `config.json`, as transformers names it; `gated-` has two products in front."""
+    return str(raw.get("feed_forward_proj", "gated-gelu" if raw.get("model_type") == "mt5" else "relu"))
+
+
+def variant_of(raw: Mapping[str, Any]) -> str:
+    """The member of the family in a `config.json`, for people."""
+    kind = str(raw["model_type"])
+    return kind if kind != "t5" else "t5-v1.1" if feed_forward_of(raw).startswith("gated-") else "t5-v1.0"
 
 
 def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], pieces: Any) -> SpecialTokens:
@@ -118,5 +129,7 @@ def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator
             yield str(each["content"]), int(each["id"]), bool(each.get("special"))
         return
     count = int(settings.get("extra_ids", 0 if raw.get("model_type") == "mt5" else _SENTINELS))
+    if count > _MOST_SENTINELS:
+        raise CheckpointError(f"{folder}: tokenizer_config.json: {count} extra_ids; at most {_MOST_SENTINELS} are supported")
     for i in range(count):
         yield f"<extra_id_{i}>", pieces.get_piece_size() + count - 1 - i, True

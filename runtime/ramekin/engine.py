@@ -232,7 +232,7 @@ def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Mani
         if manifest.layout != "optimum":
             ort = onnxruntime(manifest.onnxruntime)
             return None, manifest, *choose_provider(ort, provider, manifest.providers, manifest.precision)
-        found = OptimumFolder.find(folder)
+        found = OptimumFolder.find(folder, manifest.files)
         if not found:
             raise ModelFormatError(f"{folder}: its manifest tells of optimum's graphs, but there are none; export it again")
     ort = onnxruntime(VersionRange())

@@ -10,6 +10,7 @@ import click
 
 from ramekin import golden
 from ramekin.engine import Engine
+from ramekin.errors import ModelFormatError
 from ramekin.manifest import MANIFEST, Manifest
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.options import open_engine, provider_option, threads_option
@@ -57,16 +58,18 @@ def info(model: Path, as_json: bool) -> None:
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        shown = "".join(each if each.isprintable() else "?" for each in value)
-        click.echo(f"{name:<{width}}  {shown}")
+        click.echo(_printable(f"{name:<{width}}  {value}"))
     lines = table(manifest.quality)
     if lines:
-        papers = str(manifest.quality.get("papers"))
-        click.echo(
-            f"\nnext to float32, at export, on {''.join(each if each.isprintable() else '?' for each in papers)} papers:"
-        )
+        papers = _printable(str(manifest.quality.get("papers")))
+        click.echo(f"\nnext to float32, at export, on {papers} papers:")
     for line in lines:
         click.echo(line)
+
+
+def _printable(text: str) -> str:
+    """The text without control characters: a manifest may hold what moves a terminal's cursor."""
+    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 @click.command()
@@ -100,6 +103,8 @@ def verify(
     """
     if reference is None and (revision or papers or as_json):
         raise click.UsageError("--revision, --papers and --json belong to --reference")
+    if not (model / MANIFEST).is_file() and OptimumFolder.find(model):
+        raise ModelFormatError(f"{model}: optimum's own folder; it records neither hashes nor a golden run to verify")
     manifest = Manifest.load(model)
     manifest.check_files(model, hash_up_to=None)
     click.echo(f"files: {len(manifest.files)} intact", err=as_json)

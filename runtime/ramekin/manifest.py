@@ -15,6 +15,7 @@ from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundEr
 
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
+_MOST_LAYERS = 1024
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes, and what ONNX Runtime calls it."""
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
@@ -64,7 +65,7 @@ def present_names(layers: int) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
-    """Sizes of the network; all are positive."""
+    """Sizes of the network; all are positive, and a stack has at most 1,024 layers."""
 
     vocab_size: int
     d_model: int
@@ -79,6 +80,8 @@ class Dims:
             value = getattr(self, each.name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ModelFormatError(f"dims.{each.name} must be a positive integer, not {value!r}")
+            if each.name.endswith("_layers") and value > _MOST_LAYERS:  # each has names of its own
+                raise ModelFormatError(f"dims.{each.name} must be at most {_MOST_LAYERS}, not {value}")
 
 
 @dataclass(frozen=True, kw_only=True)

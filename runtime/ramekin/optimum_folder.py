@@ -7,14 +7,23 @@ precisions have a suffix.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from ramekin.config_files import CONFIG, GENERATION, generation_defaults, read_if_there, read_json, special_tokens
+from ramekin.config_files import (
+    CONFIG,
+    GENERATION,
+    generation_defaults,
+    read_if_there,
+    read_json,
+    special_tokens,
+    variant_of,
+)
 from ramekin.errors import CheckpointError, ModelFormatError, ModelNotFoundError
 from ramekin.manifest import TOKENIZER, Dims, FileRecord, Manifest
 
@@ -33,6 +42,7 @@ class OptimumFolder:
         encoder: the encoder's graph.
         decoder: the decoder's; if there is no `with_past`, merged, which serves every step.
         with_past: the decoder's for all steps but the first.
+        files: names of the files beside the graphs, in which their weights may lie.
     """
 
     folder: Path
@@ -40,10 +50,15 @@ class OptimumFolder:
     encoder: Path
     decoder: Path
     with_past: Path | None
+    files: frozenset[str]
 
     @classmethod
-    def find(cls, folder: Path) -> OptimumFolder | None:
+    def find(cls, folder: Path, listed: Collection[str] | None = None) -> OptimumFolder | None:
         """The parts; None if there is nothing of an optimum export in the folder.
+
+        Args:
+            folder: where to look.
+            listed: names of the files that may be taken, where a manifest tells them.
 
         Raises:
             ModelNotFoundError: there is no such folder.
@@ -51,23 +66,24 @@ class OptimumFolder:
         """
         if not folder.is_dir():
             raise ModelNotFoundError(f"{folder}: no such model folder; `ramekin export CHECKPOINT {folder}` makes one")
-        for place in (folder, folder / "onnx"):
-            there = {path.name for path in place.glob("*coder_*.onnx")}
-            if there:
-                return cls._choose(folder, place, there)
+        for place in (folder, folder / "onnx") if listed is None else (folder,):
+            names = {path.name for path in place.iterdir() if path.is_file()} if place.is_dir() else set()
+            files = frozenset(names if listed is None else names.intersection(listed))
+            if any(fnmatch(name, "*coder_*.onnx") for name in files):
+                return cls._choose(folder, place, files)
         return None
 
     @classmethod
-    def _choose(cls, folder: Path, place: Path, there: set[str]) -> OptimumFolder:
-        lacking: list[set[str]] = []
+    def _choose(cls, folder: Path, place: Path, there: frozenset[str]) -> OptimumFolder:
+        lacking: list[frozenset[str]] = []
         for suffix in _SUFFIXES:
             encoder, decoder = f"encoder_model{suffix}.onnx", f"decoder_model{suffix}.onnx"
             merged, with_past = f"decoder_model_merged{suffix}.onnx", f"decoder_with_past_model{suffix}.onnx"
             if {encoder, merged} <= there:
-                return cls(folder, suffix, place / encoder, place / merged, None)
+                return cls(folder, suffix, place / encoder, place / merged, None, there)
             if {encoder, decoder, with_past} <= there:
-                return cls(folder, suffix, place / encoder, place / decoder, place / with_past)
-            lacking += [{encoder, merged} - there, {encoder, decoder, with_past} - there]
+                return cls(folder, suffix, place / encoder, place / decoder, place / with_past, there)
+            lacking += [frozenset(names) - there for names in ((encoder, merged), (encoder, decoder, with_past))]
         fewest = min(lacking, key=lambda names: (len(names), "decoder_with_past_model" not in str(names)))
         raise ModelFormatError(f"{place}: half an optimum export: {' and '.join(sorted(fewest))} missing; {REMEDY}")
 
@@ -116,7 +132,9 @@ class OptimumFolder:
         try:
             pieces.LoadFromSerializedProto(path.read_bytes())
             tokens = special_tokens(self.folder, raw, generation, pieces)
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except CheckpointError:
+            raise
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.folder}: its tokenizer files are not as transformers writes them ({error!r})"
             ) from None
@@ -131,7 +149,7 @@ class OptimumFolder:
             },
             files={each.name: FileRecord(bytes=each.stat().st_size, sha256="") for each in (*self._weights(), path)},
             layout="optimum",
-            variant=str(raw["model_type"]),
+            variant=variant_of(raw),
             generation=generation_defaults(generation),
             source={"folder": self.folder.resolve().name},
         )

@@ -90,8 +90,7 @@ class OptimumModel:
         """
 
         def opened(path: Path, rests: bool) -> Any:
-            beside = frozenset(each.name for each in path.parent.iterdir() if each.is_file())
-            return open_session(ort, path, beside, provider, threads, rests=rests, fuse=True)
+            return open_session(ort, path, found.files, provider, threads, rests=rests, fuse=True)
 
         encoder = opened(found.encoder, rests=True)
         decoder = opened(found.decoder, rests=found.with_past is not None)

@@ -158,6 +158,27 @@ def test_commands(command: list[str], folder: Fold) -> None:
         assert "shared by all samples" in result.output
 
 
+def test_there_is_nothing_to_verify(folder: Fold) -> None:
+    result = CliRunner().invoke(cli, ["verify", str(folder("flan", "merged"))])
+    assert "optimum's own folder; it records neither hashes nor a golden run" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "its tokenizer files are not as transformers writes them"),
+        ({"extra_ids": 10**12}, "1000000000000 extra_ids; at most 10000 are supported"),
+    ],
+)
+def test_tokenizer_files_that_are_not(changes: dict[str, Any], message: str, folder: Fold, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(folder("flan", "merged"), wrong)
+    (wrong / "tokenizer.json").unlink(missing_ok=True)
+    (wrong / "tokenizer_config.json").write_text(json.dumps(changes))
+    with pytest.raises(CheckpointError, match=message):
+        Engine.load(wrong)
+
+
 @pytest.mark.parametrize(
     ("layout", "removed", "message"),
     [
@@ -204,7 +225,7 @@ def test_what_is_quantized_is_not_converted(folder: Fold, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_via_optimum(
-    precision: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine], tmp_path: Path
+    precision: str, checkpoint: Callable[[str], Path], exported: Callable[[str, str], Engine], folder: Fold, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
     command = ["export", str(checkpoint("flan")), out, "--via", "optimum", "--precision", precision]
@@ -213,9 +234,15 @@ def test_via_optimum(
     assert CliRunner().invoke(cli, ["verify", out]).exit_code == 0
     engine = Engine.load(out)
     assert (engine.manifest.layout, engine.manifest.precision) == ("optimum", precision)
+    assert engine.manifest.variant == exported("flan", "fp32").manifest.variant
     if precision == "fp32":
         ours = exported("flan", "fp32").generate([5, 9, 1], SAMPLED)
         assert [each.token_ids for each in engine.generate([5, 9, 1], SAMPLED)] == [each.token_ids for each in ours]
+    for graph in folder("flan", "merged").glob("*.onnx"):  # of a precision that would come first; no manifest lists it
+        if not (tmp_path / "out" / graph.name).exists():
+            shutil.copy(graph, tmp_path / "out")
+            (tmp_path / "out" / graph.name).write_bytes(b"altered")
+    assert CliRunner().invoke(cli, ["verify", out]).exit_code == 0
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(ModelFormatError, match=r"config\.json"):
         Engine.load(out)

@@ -86,6 +86,7 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
     ("change", "says"),
     [
         (lambda raw: raw["dims"].update(num_heads=0), "dims.num_heads"),
+        (lambda raw: raw["dims"].update(decoder_layers=2**31 - 1), "dims.decoder_layers must be at most 1024"),
         (lambda raw: raw["dims"].update(decoder_layers=2), "does not belong to this manifest"),
         (lambda raw: raw["dims"].update(head_dim=4), "has shape"),
         (lambda raw: raw["dims"].update(vocab_size=600), "has shape"),
