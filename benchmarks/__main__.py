@@ -86,6 +86,7 @@ def run(
     model = "demo" if quick else shape or folder.name
     plan = Plan(
         model=model,
+        random=bool(shape),
         checkpoint=folder.resolve(),
         work=work.resolve(),
         engines=tuple(LEVERS) if levers else _OURS if own else engines or tuple(ENGINES),

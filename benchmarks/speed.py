@@ -39,6 +39,7 @@ class Plan:
 
     Attributes:
         model: what the results call the checkpoint.
+        random: whether its weights mean nothing.
         checkpoint: its folder.
         work: where converted models and environments are kept.
         engines: names of engines or levers.
@@ -50,6 +51,7 @@ class Plan:
     """
 
     model: str
+    random: bool
     checkpoint: Path
     work: Path
     engines: Sequence[str]
@@ -112,10 +114,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def run(plan: Plan, out: Path) -> None:
     """Measure what `out` does not hold yet."""
-    rows, here = read(out), machine()
-    there = next((row["machine"] for row in rows if "machine" in row), here)
-    if there != here:
-        raise SystemExit(f"{out} was measured on another machine ({there['processor']}); choose another one with --out")
+    rows = read(out)
+    head = {
+        "machine": machine(),
+        "model": plan.model,
+        "random": plan.random,
+        "threads": plan.threads,
+        "limit_s": plan.limit_s,
+    }
+    _check_head(head, rows, out)
     done = {(row["engine"], row["job"], row["round"]) for row in rows if "engine" in row and "error" not in row}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
@@ -125,23 +132,44 @@ def run(plan: Plan, out: Path) -> None:
             file.flush()
 
         if not rows:
-            tell({"machine": here, "model": plan.model, "threads": plan.threads, "limit_s": plan.limit_s})
+            tell(head)
         ready = [engine for engine in plan.engines if _prepared(plan, engine, rows, tell)]
         for number in range(plan.rounds):
             todo = [(job, e) for job in plan.jobs for e in ready if (e, job, number) not in done]
             if todo:
                 tell({"round": number, "ceiling": asdict(Ceiling.measure(plan.threads))})
             for job, engine in todo:
-                row = {"engine": engine, "job": job, "round": number, **_run(plan, engine, plan.jobs[job])}
+                row = {
+                    "engine": engine,
+                    "job": job,
+                    "round": number,
+                    "limit_s": plan.limit_s,
+                    **_run(plan, engine, plan.jobs[job]),
+                }
                 tell(row)
                 print(_line(row), file=sys.stderr, flush=True)
 
 
+def _check_head(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """What a file of results holds already must be of the same machine, model and threads; only the limit may differ."""
+    for row in rows:
+        for name in ("machine", "model", "random", "threads"):
+            if "machine" in row and row.get(name) != head[name]:
+                raise SystemExit(
+                    f"{out} is of another {name} ({row.get(name)!r}, not {head[name]!r}); choose another one with --out"
+                )
+
+
 def run_own(plan: Plan, out: Path) -> None:
     """Add to `out` what `ramekin bench` tells of each of our engines, and the least that some jobs could take."""
-    done = {(row["engine"], row["source"]) for row in read(out)}
+    rows = read(out)
+    head = {"machine": machine(), "model": plan.model, "random": plan.random, "threads": plan.threads}
+    _check_head(head, rows, out)
+    done = {(row["engine"], row["source"]) for row in rows if "engine" in row}
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
+        if not rows:
+            file.write(json.dumps(head) + "\n")
         for engine, source in product(plan.engines, OWN_SOURCES):
             if (engine, source) in done or not _prepared(plan, engine, [{"about": engine}], lambda _failure: None):
                 continue

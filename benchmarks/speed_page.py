@@ -18,7 +18,7 @@ _INTRODUCTION = """# Speed
 
 Made by `python -m benchmarks report`; what is timed, what is not and how to repeat it: [benchmarks/README.md](../benchmarks/README.md).
 Every figure is the median of as many runs as its table or line says, each in a fresh process; the engines of one call take
-turns, and which were measured in one call stands in the [log](log.md). "±" is half the distance between the fastest and the slowest run. `~` marks a job that was cut after {limit:.0f} s: its time is extrapolated from its last steps.
+turns, and which were measured in one call stands in the [log](log.md). "±" is half the distance between the fastest and the slowest run. `~` marks a job that was cut after {limit} s: its time is extrapolated from its last steps.
 
 - Model: **{model}**{random}.
 - Machine: {processor}, {cores} cores, {extensions}; {threads} threads for every engine.
@@ -45,7 +45,7 @@ def page(results: Path, plots: Path | None = None) -> str:
     if plots:
         _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
         parts.append(f"![Job time by engine]({plots.name}/{results.stem}-jobs.svg)\n")
-    own = read(results.with_name(f"{results.stem}-own.jsonl"))
+    own = [row for row in read(results.with_name(f"{results.stem}-own.jsonl")) if "engine" in row]
     if own:
         parts.append(goals(found, own))
     parts += [_job(job, [(engine, found[job, engine]) for engine in engines if (job, engine) in found]) for job in jobs]
@@ -54,7 +54,7 @@ def page(results: Path, plots: Path | None = None) -> str:
         if plots:
             _levers_plot(plots / f"{results.stem}-levers.svg", levers)
             parts.append(f"![Where the gain comes from]({plots.name}/{results.stem}-levers.svg)\n")
-    parts += [_sizes(rows, engines, found), _failures(rows, engines)]
+    parts += [_sizes(rows, engines, found), _failures(rows, found)]
     return "\n".join(part for part in parts if part)
 
 
@@ -62,11 +62,11 @@ def _introduction(head: Mapping[str, Any], rows: Rows) -> str:
     ceilings = {
         name: [row["ceiling"][name] / 1e9 for row in rows if "ceiling" in row] for name in ("bandwidth", "int8", "float32")
     }
-    machine = head["machine"]
+    machine, limits = head["machine"], {row.get("limit_s", head["limit_s"]) for row in rows if row.get("cut")}
     return _INTRODUCTION.format(
-        limit=head["limit_s"],
+        limit=" or ".join(f"{limit:.0f}" for limit in sorted(limits) or [head["limit_s"]]),
         model=head["model"],
-        random=", random weights" if head["model"].startswith("flan-t5-") else "",
+        random=", random weights" if head["random"] else "",
         processor=machine["processor"],
         cores=machine["cores"],
         extensions=", ".join(machine["extensions"]),
@@ -113,9 +113,10 @@ def summary(results: Path) -> str:
         "900 n=4": "4 x 100",
         "900 n=1": "1 x 100",
     }
+    shape = f"random weights of {rows[0]['model']}'s shape" if rows[0]["random"] else rows[0]["model"]
     lines = [
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['extensions'])}), {rows[0]['threads']} threads, "
-        f"random weights of {rows[0]['model']}'s shape, 900 tokens in; medians of {min(len(found[each]) for each in found if each[0] in jobs)} or more "
+        f"{shape}, 900 tokens in; medians of {min(len(found[each]) for each in found if each[0] in jobs)} or more "
         "runs, each in a fresh process:\n",
         f"| | {' | '.join(jobs.values())} | first token, n=16 | peak memory, n=16 |",
         "|---" * (len(jobs) + 3) + "|",
@@ -165,9 +166,15 @@ def _sizes(rows: Rows, engines: Sequence[str], found: Mapping[tuple[str, str], R
     return "\n".join(lines) + "\n"
 
 
-def _failures(rows: Rows, engines: Sequence[str]) -> str:
-    failed = {row.get("engine") or row["about"]: row["error"] for row in rows if "error" in row}
-    lines = [f"- {engine}: {error}" for engine, error in failed.items() if engine not in engines]
+def _failures(rows: Rows, found: Mapping[tuple[str, str], Rows]) -> str:
+    """What failed and was not done again: engines that could not be prepared, and jobs."""
+    failed = {(row.get("engine") or row["about"], row.get("job", "")): row["error"] for row in rows if "error" in row}
+    ran = {engine for _, engine in found}
+    lines = [
+        f"- {engine}{job and f', {job}'}: {error}"
+        for (engine, job), error in failed.items()
+        if (job, engine) not in found and (job or engine not in ran)
+    ]
     return "## Did not run\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 

@@ -32,7 +32,7 @@ class CTranslate2:
         self._pieces = json.loads((folder / "shared_vocabulary.json").read_text("utf-8"))
 
     def run(self, prompt: Sequence[int], lengths: Sequence[int], clock: Clock) -> None:
-        step, stop = 0, False
+        step, stop = -1, False
 
         def callback(result: Any) -> bool:  # called for each running sample of each step
             nonlocal step, stop
@@ -51,7 +51,6 @@ class CTranslate2:
             max_input_length=0,
             callback=callback,
         )
-        clock.tick()
 
 
 def make() -> CTranslate2:

@@ -32,6 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(work: Path) -> Plan:
     return Plan(
         model="demo",
+        random=False,
         checkpoint=EXAMPLES / "checkpoint",
         work=work,
         engines=("ramekin int8", "transformers fp32"),
@@ -53,9 +54,13 @@ def test_each_engine_in_turn_and_taken_up_again(plan: Plan, tmp_path: Path) -> N
     assert rows[: len(first)] == first  # nothing is measured twice
     runs = [(row["round"], row["engine"]) for row in rows if "engine" in row]
     assert runs == [(0, "ramekin int8"), (0, "transformers fp32"), (1, "ramekin int8"), (1, "transformers fp32")]
+    for name, other in (("model", "large"), ("threads", 2), ("random", True)):
+        with pytest.raises(SystemExit, match=f"is of another {name}"):
+            speed.run(replace(plan, **{name: other}), out)
     for row in rows:
         if "engine" in row:
             assert "error" not in row
+            assert row["limit_s"] == 60
             assert [len(ends) for ends in row["requests"]] == [12]  # the longest sample
             assert row["cold_start_s"] > row["import_s"] + row["load_s"] > 0
             assert row["peak_mb"] > 50
@@ -86,7 +91,7 @@ def test_one_that_fails_does_not_lose_the_others(plan: Plan, tmp_path: Path, mon
     runs = {row["engine"]: row for row in speed.read(out) if "engine" in row}
     assert "broken" in runs["broken"]["error"]  # the worker does not know it
     assert runs["ramekin int8"]["job_s"] > 0
-    assert "broken" in page(out)
+    assert "- broken, 120 n=4 natural: " in page(out)
 
 
 @pytest.mark.parametrize("name", list(LEVERS))
@@ -146,7 +151,10 @@ def test_goals_from_our_own_figures(plan: Plan, tmp_path: Path, monkeypatch: pyt
     first = own.read_text()
     speed.run_own(ours, own)
     assert own.read_text() == first
-    (row,) = speed.read(own)
+    head, row = speed.read(own)
+    assert (head["model"], head["threads"]) == ("demo", 1)
+    with pytest.raises(SystemExit, match="is of another threads"):
+        speed.run_own(replace(ours, threads=2), own)
     assert 0 < row["natural_ceiling_s"] < row["jobs"][2]["job_s"]  # shorter than 16 samples of 100 tokens
     assert all(0 < job["first_token_of_the_ceiling"] < 1 for job in row["jobs"])
     run = {"engine": "ramekin int8", "round": 0, "job_s": 1.0, "requests": [[0.5, 1.0]], "cut": False, "peak_mb": 1e5}
