@@ -173,7 +173,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError) as error:
         reason = f"the Hub answers: {str(error).strip().splitlines()[0]}"
     except OSError as error:
-        reason = f"the Hub cannot be reached: {error}"
+        reason = f"downloading it fails: {error}"
     raise CheckpointError(f"{repository}: no such folder, and {reason}")
 
 

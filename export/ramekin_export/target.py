@@ -85,7 +85,9 @@ def _take_place(folder: Path, out: Path) -> None:
     except BaseException as error:  # an interrupt may come between the two
         if folder.exists() and retired.exists():
             if out.exists():
-                raise FileExistsError(f"{out}: something was put there meanwhile; the model before is in {retired}") from error
+                raise FileExistsError(
+                    f"{out}: something was put there meanwhile; the model before is in {retired}"
+                ) from error
             retired.rename(out)
         raise
     finally:

@@ -85,9 +85,9 @@ class Cache:
 
         The gaps are filled with the last running rows: one row moves for each that leaves, and only its filled positions.
         """
-        size = len(rows)
+        size, kept = len(rows), set(rows)
         movers = iter([row for row in rows if row >= size])
-        order = [row if row in set(rows) else next(movers) for row in range(size)]
+        order = [row if row in kept else next(movers) for row in range(size)]
         for target, origin in enumerate(order):
             if target != origin:
                 for array in self._past:

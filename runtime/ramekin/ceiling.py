@@ -89,12 +89,12 @@ class Work:
         return (2 if self.manifest.variant == "t5-v1.0" else 3) * dims.d_model * dims.d_ff
 
     def _rate(self, ceiling: Ceiling) -> float:
-        return ceiling.float32 if self.manifest.precision == "fp32" else ceiling.int8
+        return ceiling.int8 if self.manifest.precision in ("int8", "int4") else ceiling.float32
 
 
 def _bytes(manifest: Manifest, part: str) -> int:
     """What the weights take that a prompt (encoder) or a step (decoder) reads."""
-    if manifest.layout == "ramekin":
+    if manifest.layout != "optimum":
         return manifest.files[f"{part}.bin"].bytes
     later = [name for name in manifest.files if name.startswith(f"{part}_with_past")]
     names = later or [name for name in manifest.files if name.startswith(f"{part}_")]

@@ -18,7 +18,7 @@ Problem = Literal["no separator", "more than one separator", "empty question", "
 
 _HEADING = re.compile(
     r"^\s{0,3}(?P<marks>#{1,6}\s*)?(?:(?P<number>\d+|[IVX]+)(?P<dot>\.?)\s+)?[*_]{0,2}(?P<name>abstract|introduction)[*_]{0,2}"
-    r"\s*(?:[:.\u2014-][*_]{0,2}\s*(?P<rest>.*))?$",
+    r"\s*(?:(?P<mark>[:.\u2014-])[*_]{0,2}\s*(?P<rest>.*))?$",
     re.IGNORECASE,
 )
 _MARKED = re.compile(r"^\s{0,3}(#{1,6})\s+(\S.*)$")
@@ -104,7 +104,7 @@ def _sections(text: str) -> dict[str, str]:
     opened: re.Match[str] | None = None
     for line in text.splitlines():
         heading = _HEADING.match(line)
-        if heading:
+        if heading and not _in_a_sentence(heading):
             current, opened = heading["name"].lower(), heading
             parts[current].append(heading["rest"] or "")
         elif opened and current and _ends_section(line, opened):
@@ -117,6 +117,12 @@ def _sections(text: str) -> dict[str, str]:
             "or text with the heading Abstract or Introduction"
         )
     return {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
+
+
+def _in_a_sentence(heading: re.Match[str]) -> bool:
+    """Whether a wrapped line only begins with the word: "introduction. We then ...", "abstract-level ..."."""
+    bare = not heading["marks"] and not heading["number"] and heading["name"][0].islower()
+    return bare and bool(heading["rest"]) and heading["mark"] in (".", "-")
 
 
 def _ends_section(line: str, opened: re.Match[str]) -> bool:

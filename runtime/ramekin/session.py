@@ -27,8 +27,9 @@ def onnxruntime(supported: VersionRange) -> Any:
     except ImportError as error:
         raise RuntimeVersionError(f"onnxruntime cannot be imported ({error}): pip install 'ramekin[cpu]'") from error
     if module.__version__ not in supported:
+        package = "onnxruntime-gpu" if PROVIDERS["cuda"] in module.get_available_providers() else "onnxruntime"
         raise RuntimeVersionError(
-            f"onnxruntime {module.__version__} is not supported by this model: pip install 'onnxruntime{supported}'"
+            f"{package} {module.__version__} is not supported by this model: pip install '{package}{supported}'"
         )
     return module
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ramekin import Engine
-from ramekin.bench import Job, Timing, peak_memory_mb, run
+from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
 from ramekin.manifest import FileRecord, Manifest
 from tests.runtime.conftest import TINY_MODEL
@@ -65,6 +66,17 @@ def _large(manifest: Manifest) -> Manifest:
     return replace(manifest, dims=replace(manifest.dims, **FLAN_T5_LARGE), precision="int8", files=files)
 
 
+def test_the_least_work_of_other_graphs(engine: Engine) -> None:
+    """Graphs for CUDA read their weights too, and what is not quantized multiplies at the rate of float32."""
+    manifest = _large(engine.manifest)
+    memory = Ceiling(bandwidth=1.0, int8=math.inf, float32=math.inf)
+    assert Work(replace(manifest, layout="cuda"), 900, 1, 1).step_s(memory) > 385_000_000
+    rates = Ceiling(bandwidth=math.inf, int8=math.inf, float32=1.0)
+    for precision, computing in (("int8", False), ("int4", False), ("fp32", True), ("fp32-cuda", True), ("fp16", True)):
+        work = Work(replace(manifest, precision=precision), 900, 1, 1)
+        assert (work.prefill_s(rates) > 2 * 900 * 24 * 4 * 1024 * 1024) == computing
+
+
 def test_the_ceiling_of_this_machine() -> None:
     ceiling = Ceiling.measure(threads=1)
     assert 1e8 < ceiling.bandwidth < 1e13
@@ -77,6 +89,9 @@ def test_peak_memory_is_this_process() -> None:
     block = np.ones(int(before * 1.2e6 / 8))  # alone more than all that was held so far
     assert peak_memory_mb() > before * 1.2
     del block
+    if Path("/proc/self/clear_refs").exists():
+        forget_peak_memory()
+        assert peak_memory_mb() < before * 1.2
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,7 +111,9 @@ def test_fresh_caches_are_zero_and_nothing_else_is_touched() -> None:
             self.shape, self.kind = tuple(shape), kind
 
         def update_inplace(self, array: Any) -> None:
-            assert array.shape == self.shape and array.itemsize == BYTES[self.kind] and not array.any()
+            assert array.shape == self.shape
+            assert array.itemsize == BYTES[self.kind]
+            assert not array.any()
             written.append(self.shape)
 
     plan = Plan.of_samples(LARGE, floats=16, rows=64, capacity=104, candidates=4)

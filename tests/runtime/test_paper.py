@@ -62,6 +62,11 @@ def test_papers_in_every_form(text: str, tmp_path: Path) -> None:
         ("Introduction\nIt uses\n3 Transformers of different sizes and shapes\nand more.", None),
         ("**Introduction:** We do X.", "We do X."),
         ("**Introduction**: We do X.", "We do X."),
+        (
+            "Introduction\nAs in every\nintroduction. Here\nabstract-level text.",
+            "As in every introduction. Here abstract-level text.",
+        ),
+        ("introduction: we do X.", "we do X."),
     ],
 )
 def test_sections_keep_what_is_theirs(text: str, introduction: str | None) -> None:

@@ -174,7 +174,9 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("rules", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.5}, {"repetition_penalty": 2.0}, {"greedy": True}])
+@pytest.mark.parametrize(
+    "rules", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.5}, {"repetition_penalty": 2.0}, {"greedy": True}]
+)
 @pytest.mark.parametrize("where", [slice(None), slice(3, 4)])
 def test_a_step_of_logits_that_are_not_numbers_is_told(rules: dict[str, object], where: slice) -> None:
     full = np.zeros((2, 300), np.float32)
