@@ -20,6 +20,7 @@ from ramekin.config_files import read_json
 from ramekin.errors import CheckpointError
 from ramekin.manifest import FileRecord
 from ramekin.optimum_folder import OptimumFolder
+from ramekin.paper import valid_text
 from ramekin_export.traced import read_traced
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -60,7 +61,7 @@ class Checkpoint:
         if folder.is_dir():
             if revision:
                 raise CheckpointError(f"{source}: a folder has no revisions; leave --revision out")
-            return cls(folder, {"folder": folder.resolve().name})
+            return cls(folder, {"folder": valid_text(folder.resolve().name)})
         if not _HUB_ID.fullmatch(source):
             raise CheckpointError(f"{source}: neither a folder nor a Hub id such as google/flan-t5-small")
         folder = _from_hub(source, revision)
@@ -83,8 +84,10 @@ class Checkpoint:
             )
         try:
             array = np.asarray(self._readers[name](name))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder}: tensor {name!r} cannot be read: {error}") from None
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} cannot be read ({error}); save it as float32, float16 or bfloat16"
+            ) from None
         if array.shape != shape:
             raise CheckpointError(f"{self.folder}: tensor {name!r} has shape {array.shape}, but config.json implies {shape}")
         if array.dtype.name not in _FLOATS:

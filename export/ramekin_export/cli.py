@@ -170,8 +170,8 @@ def against_reference(
 
 @click.command()
 @click.option("--precision", type=click.Choice(list(RECIPES)), default="int8", show_default=True)
-@click.option("-n", "n", type=click.IntRange(1), default=8, show_default=True, help="Samples.")
-@click.option("--seed", type=int, default=7, show_default=True)
+@click.option("-n", "n", type=click.IntRange(1, 1 << 16), default=8, show_default=True, help="Samples.")
+@click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), default=7, show_default=True)
 @click.pass_context
 def demo(ctx: click.Context, precision: str, n: int, seed: int) -> None:
     """Export the small demo checkpoint and ask it about an invented paper, end to end.

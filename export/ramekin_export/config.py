@@ -11,7 +11,7 @@ from ramekin.config_files import feed_forward_of, variant_of
 from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import Dims
 
-_FAMILY = {"t5", "mt5"}
+_FAMILY = ("mt5", "t5")
 ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}
 """The operator for each."""
 
@@ -56,7 +56,7 @@ class T5Config:
         model_type = raw.get("model_type")
         if model_type not in _FAMILY:
             raise CheckpointError(
-                f"config.json: model_type {model_type!r}; only {' and '.join(sorted(_FAMILY))} checkpoints can be exported"
+                f"config.json: model_type {model_type!r}; only {' and '.join(_FAMILY)} checkpoints can be exported"
             )
         projection = feed_forward_of(raw)
         gated, activation = projection.startswith("gated-"), projection.removeprefix("gated-")
@@ -78,7 +78,7 @@ class T5Config:
             buckets = int(raw.get("relative_attention_num_buckets", 32))
             max_distance = int(raw.get("relative_attention_max_distance", 128))
             epsilon = float(raw.get("layer_norm_epsilon", 1e-6))
-        except (ModelFormatError, TypeError, ValueError) as error:
+        except (ModelFormatError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"config.json: {error}") from None
         if buckets < 4 or max_distance <= buckets // 2 or not 0 < epsilon < 1:
             raise CheckpointError("config.json: relative attention or layer_norm_epsilon out of range")

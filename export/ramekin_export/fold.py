@@ -17,7 +17,7 @@ import numpy as np
 
 from ramekin.cache import Floats
 from ramekin_export.config import T5Config
-from ramekin_export.weights import Weights
+from ramekin_export.weights import Weights, finite
 
 
 class Folded:
@@ -32,6 +32,9 @@ class Folded:
 
     def tensor(self, name: str, *shape: int) -> Floats:
         """One tensor as float32, rewritten."""
+        return finite(name, lambda: self._rewritten(name, *shape))
+
+    def _rewritten(self, name: str, *shape: int) -> Floats:
         array, at = self._weights.tensor(name, *shape), name.removesuffix(".weight")
         before, _, part = at.rpartition(".")
         if part in ("v", self._gate()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,18 @@ def read_pickled(path: Path) -> dict[str, Callable[[str], npt.NDArray[Any]]]:
         raise CheckpointError(
             f"{path}: pickled weights need torch: pip install torch, or save the checkpoint as safetensors"
         ) from None
+    useless = f"{path}: not a file of tensors alone; download it again, or save the checkpoint as safetensors"
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a file of tensors alone: {reason}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # written before torch 1.6: cannot be mapped
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a broken pickle leads to; torch's own text advises to run what the file says
+        raise CheckpointError(useless) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: not a file of tensors alone")
+        raise CheckpointError(useless)
 
     def read(name: str) -> npt.NDArray[Any]:
         tensor = state[name].detach()

@@ -20,16 +20,19 @@ def check_target(out: Path, force: bool) -> None:
     Raises:
         FileExistsError: `out` is there, and may not be replaced.
     """
+    beside = next(folder for folder in out.parents if folder.exists())
+    if not beside.is_dir():
+        raise FileExistsError(f"{beside}: a file, so nothing can be written into it; choose another place for the model")
     if not out.exists():
         return
-    if not force:
-        raise FileExistsError(f"{out}: is there already; --force replaces it")
     entries = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    ours = _model_files(out)
-    if entries - ours:
+    others = entries - _model_files(out)
+    if others:
         raise FileExistsError(
-            f"{out}: holds other things than a model ({min(entries - ours)!r}), so --force does not replace it"
+            f"{out}: holds other things than a model ({min(others)!r}); choose another place for the model"
         )
+    if entries and not force:
+        raise FileExistsError(f"{out}: is there already; --force replaces it")
 
 
 def _model_files(out: Path) -> set[str]:
@@ -47,7 +50,8 @@ def scratch(beside: Path) -> Iterator[Path]:
     """A temporary folder on the disk of `beside`, gone at the end."""
     folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=".scratch", dir=beside.parent))
     try:
-        yield folder
+        with _told_when_full(beside.parent):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -60,15 +64,23 @@ def whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
     try:
         os.umask(umask := os.umask(0))
         folder.chmod(0o777 & ~umask)
-        yield folder
+        with _told_when_full(out.parent):
+            yield folder
         check_target(out, force)  # somebody may have put something there meanwhile
         _take_place(folder, out)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(errno.ENOSPC, f"{out.parent}: no space left on this disk; free some and export again") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _told_when_full(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        reason = f"{place}: {(error.strerror or 'no space').lower()}; make room for a larger file and export again"
+        raise OSError(error.errno, reason) from None
 
 
 def _take_place(folder: Path, out: Path) -> None:

@@ -17,7 +17,7 @@ from ramekin.engine import Engine
 from ramekin.errors import ModelFormatError, VerificationError
 from ramekin.inputs import read_papers
 from ramekin.manifest import Manifest
-from ramekin.paper import Paper, build_prompt
+from ramekin.paper import Paper, build_prompt, valid_text
 from ramekin.provider import AUTO
 from ramekin.tokenizer import Tokenizer
 from ramekin_export.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ class Checks:
     @property
     def judged_on(self) -> str:
         """The papers' name, for people."""
-        return "built-in" if self.papers is None else self.papers.name
+        return "built-in" if self.papers is None else valid_text(self.papers.name)
 
 
 def _built_in() -> list[Paper]:

@@ -40,7 +40,7 @@ def write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[s
     """
     try:
         return _write_vocabulary(folder, raw, generation, out)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder}: its tokenizer files are not as transformers writes them ({error!r})") from None
@@ -100,7 +100,7 @@ def _spiece_of(raw: Mapping[str, Any], folder: Path) -> bytes:
 def _charsmap(normalizer: Mapping[str, Any]) -> bytes:
     for each in [normalizer, *normalizer.get("normalizers", [])]:
         if each.get("type") == "Precompiled":
-            return base64.b64decode(each["precompiled_charsmap"] or "")
+            return base64.b64decode(each["precompiled_charsmap"] or "", validate=True)
     return b""
 
 

@@ -15,7 +15,8 @@ import click
 from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
 from ramekin.engine import Engine
-from ramekin.options import threads_option
+from ramekin.options import open_engine, provider_option, threads_option
+from ramekin.provider import AUTO
 from ramekin.session import usable_cores
 from ramekin.terminal import progress
 
@@ -31,26 +32,34 @@ _SHORT = Job(n=4, source=128, tokens=16)
 @click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs; the medians are shown.")
 @click.option("--json", "as_json", is_flag=True, help="All figures as one JSON object.")
 @threads_option
+@provider_option
 def bench(
-    model: Path, ns: tuple[int, ...], source: int, tokens: int, repeat: int, as_json: bool, threads: int | None
+    model: Path,
+    ns: tuple[int, ...],
+    source: int,
+    tokens: int,
+    repeat: int,
+    as_json: bool,
+    threads: int | None,
+    provider: str | None,
 ) -> None:
     """Time MODEL on this machine, with nothing else running: first token, step, tokens per second, memory.
 
     The prompt is random and every sample is forced to its length, so that runs can be compared. Without --threads a short
     job is tried with 1, 2, 4 ... threads, and the fastest number is taken. "of the ceiling" is the time that the job would
     take if it did nothing but read its weights at this machine's memory bandwidth, or multiply at the rate of its fastest
-    large matrix product, whichever is slower, as a share of the time that it took.
+    large matrix product, whichever is slower, as a share of the time that it took; it is the processor's, not a GPU's.
 
     \b
     Examples:
       ramekin bench model
       ramekin bench model -n 16 --source 512 --json
     """
-    tried = {} if threads else dict(_try_threads(model))
+    tried = {} if threads else dict(_try_threads(model, provider))
     threads = threads or min(tried, key=lambda count: tried[count])
     forget_peak_memory()
     began = time.perf_counter()
-    engine = Engine.load(model, threads=threads, max_source_tokens=source)
+    engine = open_engine(model, provider, threads, source)
     loaded = time.perf_counter() - began
     jobs = [Job(n, source, tokens) for n in sorted(set(ns)) or (1, 4, 16)]
     timings: dict[Job, list[Timing]] = {job: [] for job in jobs}
@@ -59,19 +68,20 @@ def bench(
     for job in progress(jobs * repeat, "runs"):
         timings[job].append(run(engine, job))
         peaks.setdefault(job, peak_memory_mb())
-    ceiling, rows = Ceiling.measure(threads), []  # last, since it needs memory of its own
+    ceiling, rows, on_cpu = Ceiling.measure(threads), [], engine.provider == "cpu"  # last, since it needs memory of its own
     for job, runs in timings.items():
         times = [timing.job_s for timing in runs]
         median, least = Timing.median(runs), Work(engine.manifest, source, job.n, tokens)
         extra = {
             "job_spread": (max(times) - min(times)) / median.job_s,
-            "of_the_ceiling": least.job_s(ceiling) / median.job_s,
-            "first_token_of_the_ceiling": least.first_token_s(ceiling) / median.first_token_s,
+            "of_the_ceiling": least.job_s(ceiling) / median.job_s if on_cpu else math.nan,
+            "first_token_of_the_ceiling": least.first_token_s(ceiling) / median.first_token_s if on_cpu else math.nan,
             "peak_mb": peaks[job],
         }
         rows.append({**asdict(job), **asdict(median), **extra})
     result = {
         "model": {"precision": engine.manifest.precision, "source": engine.manifest.source},
+        "provider": engine.provider,
         "threads": threads,
         "threads_tried_s": tried,
         "repeat": repeat,
@@ -86,16 +96,16 @@ def bench(
         click.echo(line)
 
 
-def _try_threads(model: Path) -> Iterator[tuple[int, float]]:
+def _try_threads(model: Path, provider: str | None) -> Iterator[tuple[int, float]]:
     cores = usable_cores()
     counts = sorted({*(1 << i for i in range(cores.bit_length())), cores})
     for count in progress(counts, "threads"):
-        yield count, _short_job_s(model, count)
+        yield count, _short_job_s(model, provider, count)
 
 
-def _short_job_s(model: Path, threads: int) -> float:
+def _short_job_s(model: Path, provider: str | None, threads: int) -> float:
     """Seconds; the engine is gone when this returns, so that no two hold memory at once."""
-    engine = Engine.load(model, threads=threads)
+    engine = Engine.load(model, provider or AUTO, threads)
     return min(run(engine, _SHORT).job_s for _ in range(3))
 
 
@@ -114,9 +124,10 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
     yield "    n  first token   step p50   step p95   tokens/s        job  spread  of the ceiling  peak memory"
     for row in result["jobs"]:
         peak = "-" if math.isnan(row["peak_mb"]) else f"{row['peak_mb']:,.0f} MB"
+        share = "-" if math.isnan(row["of_the_ceiling"]) else f"{row['of_the_ceiling']:.0%}"
         yield (
             f"{row['n']:5}{row['first_token_s']:11.2f} s{row['step_p50_ms']:8.1f} ms{row['step_p95_ms']:8.1f} ms"
-            f"{row['tokens_per_s']:11.1f}{row['job_s']:9.2f} s{row['job_spread']:7.0%}{row['of_the_ceiling']:15.0%}"
+            f"{row['tokens_per_s']:11.1f}{row['job_s']:9.2f} s{row['job_spread']:7.0%}{share:>15}"
             f"{peak:>13}"
         )
 

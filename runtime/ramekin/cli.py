@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ramekin.options import Command, model_options, open_engine, sampling_option
 from ramekin.paper import Paper, QAPair, build_prompt
 from ramekin.sample import Completion
 from ramekin.sampling import SamplingParams
-from ramekin.terminal import Item, is_terminal, progress_in_groups, say
+from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say
 
 
 class _Commands(click.Group):
@@ -129,7 +129,7 @@ def _tell(group: list[tuple[str, Any]], done: list[list[Completion]], as_json: b
         samples.sort(key=lambda completion: completion.index)
         if as_json:
             rows = [_completion_json(completion) for completion in samples]
-            click.echo(json.dumps({"prompt": prompt, "samples": rows}, ensure_ascii=False))
+            click.echo(json_line({"prompt": prompt, "samples": rows}))
         elif streamed and n == 1:
             click.echo()
         elif not streamed:
@@ -189,7 +189,7 @@ def questions(
                     {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
                     for pair, sample in zip(pairs, samples, strict=True)
                 ]
-                click.echo(json.dumps({"title": each.title, "pairs": rows}, ensure_ascii=False))
+                click.echo(json_line({"title": each.title, "pairs": rows}))
                 continue
             if len(papers) > 1:
                 click.echo(f"# {each.title}\n")
@@ -259,7 +259,13 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command `ramekin`: every problem that is not a bug is one line on stderr."""
     warnings.showwarning = _show_warning
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was begun is cleared away
+    for name in ("SIGTERM", "SIGHUP"):  # so that what was begun is cleared away
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a letter that the encoding lacks must not cost the results
+            stream.reconfigure(errors="backslashreplace")
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="ramekin", standalone_mode=False)
         if sys.stdout:

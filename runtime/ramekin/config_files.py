@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,14 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         if generation.get("do_sample"):
             raise CheckpointError(f"{GENERATION}: {error}") from None
-        return {}  # greedy checkpoints carry values such as temperature 0 that mean nothing
-    return values
+    else:
+        return values
+    kept: dict[str, Any] = {}
+    for name, value in values.items():  # greedy checkpoints carry values such as temperature 0 that mean nothing
+        with suppress(TypeError, ValueError):
+            SamplingParams(**{**kept, name: value})
+            kept[name] = value
+    return kept
 
 
 def feed_forward_of(raw: Mapping[str, Any]) -> str:

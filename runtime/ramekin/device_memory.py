@@ -26,6 +26,7 @@ from ramekin.manifest import (
     cross_names,
     past_names,
 )
+from ramekin.session import about_memory, failure
 
 FLOAT32, INT64 = 1, 7  # ONNX's numbers for element types
 FLOATS = {"tensor(float)": FLOAT32, "tensor(float16)": 10, "tensor(bfloat16)": 16}
@@ -134,11 +135,9 @@ def device_errors(device: str, needed: int) -> Iterator[None]:
         raise
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         reason = " ".join(str(error).split())
-        if any(sign in reason.lower() for sign in ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc")):
+        if about_memory(error):
             raise ProviderError(
                 f"too little memory ({device}): this job needs {needed / 1e9:.1f} GB beside the weights; ask for fewer or "
                 f"shorter samples ({reason[:200]})"
             ) from None
-        raise RamekinError(
-            f"onnxruntime failed: {reason[:300]}; `ramekin verify` tells whether the model is intact"
-        ) from error
+        raise failure(error) from error

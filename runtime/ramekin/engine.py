@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ramekin.optimum_model import OptimumModel
 from ramekin.paper import check_prompt
 from ramekin.provider import AUTO, choose_provider
 from ramekin.sample import Completion, Sample, Token, advance
-from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
+from ramekin.sampling import SamplingParams, check_integer, choose, log_probabilities, uniforms
 from ramekin.session import MOST_THREADS, onnxruntime, usable_cores
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -72,18 +73,18 @@ class Engine:
             ModelFormatError: the folder is damaged, altered or not a model.
             ProviderError: the model cannot be computed there. "cuda" never falls back to the CPU.
             RuntimeVersionError: onnxruntime is missing or of a version that is not supported.
-            ValueError: an argument is out of its range.
+            ValueError, TypeError: an argument is out of its range, or not of its type.
         """
         if provider not in (*PROVIDERS, AUTO):
             raise ValueError(f"provider must be one of {', '.join((*PROVIDERS, AUTO))}, not {provider!r}")
-        if threads is not None and not 1 <= threads <= MOST_THREADS:
-            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {threads}")
-        if max_source_tokens is not None and max_source_tokens < 1:
-            raise ValueError(f"max_source_tokens must be at least 1, not {max_source_tokens}")
-        folder, count = Path(folder), threads or usable_cores()
+        if threads is not None:
+            check_integer("threads", threads, 1, MOST_THREADS)
+        if max_source_tokens is not None:
+            check_integer("max_source_tokens", max_source_tokens, 1, 1 << 30)
+        folder, count = Path(folder), int(threads or usable_cores())
         model, manifest, provider, reason = _open(folder, provider, count)
         if max_source_tokens is not None:
-            manifest = replace(manifest, max_source_tokens=max_source_tokens)
+            manifest = replace(manifest, max_source_tokens=int(max_source_tokens))
         tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
         if tokenizer.piece_count > manifest.dims.vocab_size:
             raise ModelFormatError(f"{folder}: {TOKENIZER} has more pieces than the model; export the model again")
@@ -99,7 +100,16 @@ class Engine:
 
     def params(self, **values: Any) -> SamplingParams:
         """Sampling parameters: these values, where not given those of the model, where it has none the usual ones."""
-        return SamplingParams(**{**SamplingParams.known(self.manifest.generation), **values})
+        known = SamplingParams.known(self.manifest.generation)
+        longest = values.get("max_new_tokens")
+        if isinstance(longest, int) and "min_new_tokens" in known:  # the caller's limit goes before the model's wish
+            known["min_new_tokens"] = min(known["min_new_tokens"], longest)
+        return SamplingParams(**{**known, **values})
+
+    def _chosen(self, params: SamplingParams | None) -> SamplingParams:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams, not {type(params).__name__}; `engine.params(n=4)` makes them")
+        return self.params() if params is None else params
 
     def generate(self, source: Source, params: SamplingParams | None = None) -> list[Completion]:
         """All samples of one prompt, by index. See `stream` for the arguments."""
@@ -119,12 +129,14 @@ class Engine:
 
         Raises:
             ValueError: token ids are outside the vocabulary, or there are none.
+            TypeError: `params` are something else.
         """
-        for _, event in self._run([self.source_ids(source)], params or self.params()):
+        for _, event in self._run([self.source_ids(source)], self._chosen(params)):
             yield event
 
-    def generate_many(self, sources: Sequence[Source], params: SamplingParams | None = None) -> list[list[Completion]]:
+    def generate_many(self, sources: Iterable[Source], params: SamplingParams | None = None) -> list[list[Completion]]:
         """All samples of several prompts: for each prompt what `generate` gives, up to rounding (see `stream`)."""
+        sources = _several(sources)
         done: list[list[Completion]] = [[] for _ in sources]
         for number, event in self.stream_many(sources, params):
             if isinstance(event, Completion):
@@ -132,7 +144,7 @@ class Engine:
         return [sorted(each, key=lambda completion: completion.index) for each in done]
 
     def stream_many(
-        self, sources: Sequence[Source], params: SamplingParams | None = None
+        self, sources: Iterable[Source], params: SamplingParams | None = None
     ) -> Iterator[tuple[int, Token | Completion]]:
         """Generate samples of several prompts: what `stream` tells of each, with the prompt's number.
 
@@ -140,12 +152,12 @@ class Engine:
         core, one after the other. Without a seed all prompts get the same new one.
 
         Raises:
-            ValueError: see `stream`.
+            ValueError, TypeError: see `stream`; and a text is one prompt, not several.
         """
-        params = params or self.params()
+        params = self._chosen(params)
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
-        prompts, size = [self.source_ids(source) for source in sources], self.model.prompts_at_once
+        prompts, size = [self.source_ids(source) for source in _several(sources)], self.model.prompts_at_once
         for first in range(0, len(prompts), size):
             for number, event in self._run(prompts[first : first + size], params):
                 yield first + number, event
@@ -206,7 +218,7 @@ class Engine:
         warnings.warn(
             f"the prompt has {len(ids)} tokens; its end was cut to the model's limit of {limit}",
             TruncationWarning,
-            stacklevel=3,
+            stacklevel=_depth(),
         )
         return np.concatenate([ids[: limit - 1], ids[-1:]]) if isinstance(source, str) else ids[:limit]
 
@@ -217,6 +229,20 @@ class Engine:
         if array.min() < 0 or array.max() >= self.manifest.dims.vocab_size:
             raise ValueError(f"token ids must be from 0 to {self.manifest.dims.vocab_size - 1}")
         return array.astype(np.int64)
+
+
+def _several(sources: Iterable[Source]) -> Sequence[Source]:
+    if isinstance(sources, str):
+        raise TypeError("several prompts are a list of texts, not one text")
+    return list(sources)
+
+
+def _depth() -> int:
+    """How many frames lie between the caller and the first that is not of this file, for a warning that points there."""
+    frame, depth = sys._getframe(1), 1
+    while frame.f_back and frame.f_code.co_filename == __file__:
+        frame, depth = frame.f_back, depth + 1
+    return depth
 
 
 def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Manifest, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ramekin.optimum_folder import OptimumFolder
 from ramekin.options import open_engine, provider_option, threads_option
 from ramekin.provider import AUTO
 from ramekin.quality import check, table
+from ramekin.terminal import json_line, printable
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -58,18 +58,13 @@ def info(model: Path, as_json: bool) -> None:
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(_printable(f"{name:<{width}}  {value}"))
+        click.echo(printable(f"{name:<{width}}  {value}"))
     lines = table(manifest.quality)
     if lines:
-        papers = _printable(str(manifest.quality.get("papers")))
+        papers = printable(str(manifest.quality.get("papers")))
         click.echo(f"\nnext to float32, at export, on {papers} papers:")
     for line in lines:
         click.echo(line)
-
-
-def _printable(text: str) -> str:
-    """The text without control characters: a manifest may hold what moves a terminal's cursor."""
-    return "".join(each if each.isprintable() else "?" for each in text)
 
 
 @click.command()
@@ -121,7 +116,7 @@ def verify(
         ) from None
     quality = against(model, reference, revision, papers, threads, provider or AUTO)
     if as_json:
-        click.echo(json.dumps(quality))
+        click.echo(json_line(quality))
     else:
         for line in table(quality):
             click.echo(line)

@@ -34,7 +34,7 @@ def check(engine: Engine, golden: Mapping[str, Any]) -> float:
     try:
         expected = np.asarray(golden["logprobs"], np.float32)
         difference = float(np.abs(engine.score(golden["source_ids"], golden["target_ids"]) - expected).max())
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelFormatError(f"the manifest has no usable golden run ({error}); export the model again") from None
     tolerance = TOLERANCE.get(engine.manifest.precision, QUANTIZED_TOLERANCE)
     if not difference <= tolerance:

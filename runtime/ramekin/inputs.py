@@ -16,22 +16,28 @@ def read_prompts(file: Path) -> list[str]:
     """The prompts of a file: its text (`-`: standard input) or, of a `.jsonl` file, a text or `{"prompt": ...}` per line.
 
     Raises:
-        InputError: the file cannot be read, or a line is something else.
+        InputError: the file cannot be read, or a prompt is empty or no text.
     """
     if str(file) == "-":
-        return [_read_stdin().rstrip("\n")]
+        return [_prompt("standard input", _read_stdin().rstrip("\n"))]
     text = _read(file)
     if file.suffix.lower() != ".jsonl":
-        return [text.rstrip("\n")]
+        return [_prompt(str(file), text.rstrip("\n"))]
     prompts = []
     for number, raw in _json_lines(file, text):
         prompt = raw.get("prompt") if isinstance(raw, dict) else raw
         if not isinstance(prompt, str):
             raise InputError(f'{file}, line {number}: expected a text or an object with "prompt"')
-        prompts.append(valid_text(prompt))
+        prompts.append(_prompt(f"{file}, line {number}", valid_text(prompt)))
     if not prompts:
         raise InputError(f"{file}: no prompts in it")
     return prompts
+
+
+def _prompt(place: str, text: str) -> str:
+    if not text.strip():
+        raise InputError(f"{place}: an empty prompt, which a model would continue with anything")
+    return text
 
 
 def read_papers(file: Path) -> list[Paper]:

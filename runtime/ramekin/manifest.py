@@ -147,7 +147,7 @@ class FileRecord:
     sha256: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bytes, int) or self.bytes < 0 or not isinstance(self.sha256, str):
+        if not isinstance(self.bytes, int) or not 0 <= self.bytes < 2**63 or not isinstance(self.sha256, str):
             raise ModelFormatError("files must give bytes and sha256 of each file")
 
     @classmethod
@@ -193,8 +193,9 @@ class Manifest:
         if not isinstance(self.max_source_tokens, int) or self.max_source_tokens < 1:
             raise ModelFormatError(f"max_source_tokens must be a positive integer, not {self.max_source_tokens!r}")
         for name, kind in (("variant", str), ("prompt", str), ("precision", str), ("opset", int)):
-            if not isinstance(getattr(self, name), kind):
-                raise ModelFormatError(f"{name} must be {kind.__name__}, not {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (name in ("variant", "precision") and not str(value).isprintable()):
+                raise ModelFormatError(f"{name} must be {kind.__name__}, not {value!r}")
         for name in ("recipe", "generation", "source", "tools", "golden", "quality"):
             if not isinstance(getattr(self, name), dict):
                 raise ModelFormatError(f"{name} must be an object, not {getattr(self, name)!r}")
@@ -213,7 +214,7 @@ class Manifest:
         if missing:
             raise ModelFormatError(f"files must list {', '.join(sorted(missing))}")
         for name in self.files:
-            if name != Path(name).name or name in ("", ".", "..", MANIFEST) or "\\" in name:
+            if name != Path(name).name or name in ("", ".", "..", MANIFEST) or "\\" in name or not name.isprintable():
                 raise ModelFormatError(f"files must be plain names inside the folder, not {name!r}")
 
     def to_json(self) -> str:

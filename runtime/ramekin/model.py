@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ramekin.cache import Cache, Cross, Floats
-from ramekin.errors import ModelFormatError, RamekinError
+from ramekin.errors import ModelFormatError
 from ramekin.manifest import (
     DECODER,
     ENCODER,
@@ -31,7 +31,7 @@ from ramekin.manifest import (
     past_names,
     present_names,
 )
-from ramekin.session import onnxruntime, open_session
+from ramekin.session import failure, onnxruntime, open_session
 
 Shapes = Mapping[str, tuple[int | None, ...]]
 _NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "int64")}
@@ -196,8 +196,7 @@ def _run(session: Any, binding: Any, options: Any = None) -> None:
     try:
         session.run_with_iobinding(binding, options)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:300]
-        raise RamekinError(f"onnxruntime failed: {reason}; `ramekin verify` tells whether the model is intact") from error
+        raise failure(error) from error
 
 
 def check_tensors(graph: str, found: Sequence[Any], expected: Shapes) -> None:

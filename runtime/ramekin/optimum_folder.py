@@ -26,6 +26,7 @@ from ramekin.config_files import (
 )
 from ramekin.errors import CheckpointError, ModelFormatError, ModelNotFoundError
 from ramekin.manifest import TOKENIZER, Dims, FileRecord, Manifest
+from ramekin.paper import valid_text
 
 _SUFFIXES = ("", "_quantized", "_int8", "_uint8", "_fp16", "_q4", "_bnb4")
 """In the order in which they are taken, if there are several."""
@@ -134,7 +135,7 @@ class OptimumFolder:
             tokens = special_tokens(self.folder, raw, generation, pieces)
         except CheckpointError:
             raise
-        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CheckpointError(
                 f"{self.folder}: its tokenizer files are not as transformers writes them ({error!r})"
             ) from None
@@ -151,7 +152,7 @@ class OptimumFolder:
             layout="optimum",
             variant=variant_of(raw),
             generation=generation_defaults(generation),
-            source={"folder": self.folder.resolve().name},
+            source={"folder": valid_text(self.folder.resolve().name)},
         )
 
     def _weights(self) -> list[Path]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ramekin.errors import ModelFormatError, RamekinError
 from ramekin.model import Logits
 from ramekin.optimum_folder import REMEDY, OptimumFolder
-from ramekin.session import open_session
+from ramekin.session import failure, open_session
 
 Array = npt.NDArray[Any]
 _IDS, _MASK, _HIDDEN, _SOURCE_MASK = "input_ids", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
@@ -157,8 +157,7 @@ class OptimumModel:
         try:
             result: list[Any] = session.run_with_ort_values(list(outputs), given)
         except Exception as error:  # onnxruntime raises a dozen unrelated types
-            reason = " ".join(str(error).split())[:300]
-            raise RamekinError(f"onnxruntime failed: {reason}") from error
+            raise failure(error) from error
         return result
 
     def _shapes(self, found: OptimumFolder) -> dict[str, int]:

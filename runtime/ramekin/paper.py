@@ -17,12 +17,12 @@ SEPARATOR = "[SEP]"
 Problem = Literal["no separator", "more than one separator", "empty question", "empty answer", "cut at the limit"]
 
 _HEADING = re.compile(
-    r"^\s{0,3}(?P<marks>#{1,6}\s*)?(?:(?P<number>\d+|[IVX]+)(?P<dot>\.?)\s+)?[*_]{0,2}(?P<name>abstract|introduction)[*_]{0,2}"
+    r"^\s{0,3}(?P<marks>#{1,6}\s*)?(?:(?P<number>\d{1,4}|[IVX]+)(?P<dot>\.?)\s+)?[*_]{0,2}(?P<name>abstract|introduction)[*_]{0,2}"
     r"\s*(?:(?P<mark>[:.\u2014-])[*_]{0,2}\s*(?P<rest>.*))?$",
     re.IGNORECASE,
 )
 _MARKED = re.compile(r"^\s{0,3}(#{1,6})\s+(\S.*)$")
-_NUMBERED = re.compile(r"^\s{0,3}(\d+|[IVX]+)(\.?)\s+([A-Z].*[^.,;:?!])$")
+_NUMBERED = re.compile(r"^\s{0,3}(\d{1,4}|[IVX]+)(\.?)\s+([A-Z].*[^.,;:?!])$")
 _ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
 _HEADING_WORDS = 6
 
@@ -36,6 +36,9 @@ class Paper:
     introduction: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("title", "abstract", "introduction"):
+            if not isinstance(getattr(self, name), str):
+                raise PaperError(f"{name} must be a text, not {type(getattr(self, name)).__name__}")
         if not (self.abstract.strip() or self.introduction.strip()):
             raise PaperError("a paper needs an abstract or an introduction")
 
@@ -54,8 +57,8 @@ class Paper:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise PaperError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-        except OSError as error:
-            raise PaperError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+            raise PaperError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
         try:
             return cls.parse(text)
         except PaperError as error:
@@ -87,10 +90,7 @@ class Paper:
         if not isinstance(raw, dict):
             raise PaperError("expected a JSON object with title, abstract and introduction")
         parts = {name: raw.get(name) or "" for name in ("title", "abstract", "introduction")}
-        for name, value in parts.items():
-            if not isinstance(value, str):
-                raise PaperError(f"{name} must be a text, not {type(value).__name__}")
-        return cls(**{name: valid_text(value) for name, value in parts.items()})
+        return cls(**{name: valid_text(each) if isinstance(each, str) else each for name, each in parts.items()})
 
 
 def valid_text(text: str) -> str:
@@ -171,6 +171,8 @@ def check_prompt(template: str) -> None:
     Raises:
         ValueError: says what is wrong with it.
     """
+    if template != valid_text(template):
+        raise ValueError("prompt template: it is not UTF-8 text")
     abstract, introduction = "\0a", "\0i"
     if not any(part in build_prompt(Paper("", abstract, introduction), template) for part in (abstract, introduction)):
         raise ValueError("prompt template: it has neither {abstract} nor {introduction}, so no paper would be read")

@@ -9,7 +9,7 @@ sampling: Holtzman et al., "The Curious Case of Neural Text Degeneration" (arXiv
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -63,19 +63,21 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_integer("n", self.n, 1, 1 << 16)
-        _check_integer("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
-        _check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        _check_number("temperature", self.temperature, 9e-5, 1e4, "a number from 0.0001 to 10000 (greedy is the limit 0)")
-        _check_integer("top_k", self.top_k, 0, 1 << 31)
-        _check_number("top_p", self.top_p, 0, math.nextafter(1, 2), "a number above 0 and at most 1")
-        _check_number("min_p", self.min_p, -5e-324, 1, "a number from 0 up to, not including, 1")
-        _check_number("repetition_penalty", self.repetition_penalty, 9e-5, 1e4, "a number from 0.0001 to 10000")
-        _check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 1 << 20)
+        check_integer("n", self.n, 1, 1 << 16)
+        check_integer("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
+        check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        _check_number("temperature", self.temperature, 1e-4, 1e4, "a number from 0.0001 to 10000 (greedy is the limit 0)")
+        check_integer("top_k", self.top_k, 0, 1 << 31)
+        _check_number("top_p", self.top_p, 5e-324, 1, "a number above 0 and at most 1")
+        _check_number("min_p", self.min_p, 0, math.nextafter(1, 0), "a number from 0 up to, not including, 1")
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4, "a number from 0.0001 to 10000")
+        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 1 << 20)
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, (1 << 64) - 1)
+            check_integer("seed", self.seed, 0, (1 << 64) - 1)
         if not isinstance(self.greedy, bool):
             raise TypeError(f"greedy must be True or False, not {self.greedy!r}")
+        if not isinstance(self.stop, Iterable):
+            raise TypeError(f"stop must be a text or several, not {self.stop!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must be texts that are not empty, not {self.stop!r}")
@@ -138,6 +140,8 @@ def choose(
         The tokens, `(n,)` int64, and their log-probabilities under the model, before any rule, `(n,)` float32.
     """
     ranked = candidates_of(logits, histories, eos, params)
+    if not np.isfinite(ranked.values[:, 0]).all():
+        raise RamekinError(_NOT_NUMBERS)
     if params.greedy:
         chosen = ranked.ids[:, 0].copy()
     else:
@@ -203,8 +207,15 @@ def rank(logits: Floats, params: SamplingParams) -> Ranked:
 
     Without top-k, tokens under `(1 - top_p) / (vocab - 1)` are passed over before sorting: they cannot be in the nucleus,
     for all that is at most as likely would not fill the rest of the mass (llama2.c, `sample_topp`).
+
+    Raises:
+        RamekinError: no token of a row can be drawn, or its logits are not numbers.
     """
-    vocab, outside = logits.shape[1], None
+    vocab, outside, largest = logits.shape[1], None, logits.max(axis=1, keepdims=True)
+    if (largest == -np.inf).any():
+        raise RamekinError("every token is banned; lower min_new_tokens or no_repeat_ngram_size")
+    if not np.isfinite(largest).all():
+        raise RamekinError(_NOT_NUMBERS)
     if params.greedy:
         ids = logits.argmax(axis=1)[:, None]  # of equal ones the first, as transformers does
         return Ranked(np.take_along_axis(logits, ids, axis=1), ids)
@@ -212,10 +223,10 @@ def rank(logits: Floats, params: SamplingParams) -> Ranked:
         place = vocab - min(params.top_k, vocab)
         count = int((logits >= np.partition(logits, place, axis=1)[:, place, None]).sum(axis=1).max())
     else:
-        mass = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / params.temperature)
+        mass = np.exp((logits - largest).astype(np.float64) / params.temperature)
         outside = mass.sum(axis=1, keepdims=True)
         count = int((mass >= (1 - params.top_p) / max(vocab - 1, 1) * outside).sum(axis=1).max())
-    count = max(count, 1)  # 0 if all are equal and top_p is tiny, or one is NaN, which is told with the log-probabilities
+    count = max(count, 1)  # 0 if all are equal and top_p is tiny
     if count < vocab:
         ids = np.argpartition(logits, vocab - count, axis=1)[:, vocab - count :]
         ids.sort(axis=1)
@@ -277,15 +288,21 @@ def log_probabilities(logits: Floats, chosen: Ids) -> Floats:
     return np.asarray(picked - top - np.log(total), np.float32)
 
 
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    """Refuse an argument that is not an integer from `low` to `high`.
+
+    Raises:
+        ValueError, TypeError: says so.
+    """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if not low <= int(value) <= high:
         raise ValueError(f"{name} must be from {low} to {high}, not {value}")
 
 
-def _check_number(name: str, value: object, above: float, below: float, wanted: str) -> None:
+def _check_number(name: str, value: object, low: float, high: float, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    if not above < float(value) < below:
+    number: Any = value  # compared as it is: not every integer is a float
+    if not low <= number <= high:
         raise ValueError(f"{name} must be {wanted}, not {value}")

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ramekin.errors import ModelFormatError, ProviderError, RuntimeVersionError
+from ramekin.errors import ModelFormatError, ProviderError, RamekinError, RuntimeVersionError
 from ramekin.manifest import PROVIDERS, VersionRange
 from ramekin.onnxfile import external_locations
 
@@ -32,6 +32,20 @@ def onnxruntime(supported: VersionRange) -> Any:
             f"{package} {module.__version__} is not supported by this model: pip install '{package}{supported}'"
         )
     return module
+
+
+def about_memory(error: Exception) -> bool:
+    """Whether onnxruntime failed for want of memory, which its errors tell by their texts alone."""
+    signs = ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc")
+    return any(sign in " ".join(str(error).split()).lower() for sign in signs)
+
+
+def failure(error: Exception) -> RamekinError:
+    """What to tell of a run that onnxruntime ended with an error."""
+    reason = " ".join(str(error).split())[:300]
+    if about_memory(error):
+        return RamekinError(f"not enough memory; ask for fewer or shorter samples, or give a shorter prompt ({reason})")
+    return RamekinError(f"onnxruntime failed: {reason}; `ramekin verify` tells whether the model is intact")
 
 
 def usable_cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -108,7 +122,7 @@ def open_session(
         raise ModelFormatError(f"{path}: asks for weights in {min(strangers)!r}, which is not a file of this model")
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what is an error for onnxruntime is raised, and told by us
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if fuse else levels.ORT_ENABLE_BASIC
     if rests:
@@ -120,6 +134,8 @@ def open_session(
         session = _create(ort, path, options, (PROVIDERS[provider], _settings(provider, record)))
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         reason = " ".join(str(error).split())
+        if about_memory(error):
+            raise RamekinError(f"{path}: not enough memory to load this graph ({reason[:300]})") from error
         raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason[:300]}") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise ProviderError(f"{path}: onnxruntime fell back to {', '.join(session.get_providers())} instead of {provider}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -34,6 +35,16 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and bool(stream.isatty())
 
 
+def printable(text: str) -> str:
+    """The text without control characters: a model folder may hold what moves a terminal's cursor."""
+    return "".join(each if each.isprintable() else "?" for each in text)
+
+
 def say(problem: object) -> None:
     """One line on stderr."""
-    click.echo(f"ramekin: {' '.join(str(problem).split())}", err=True)
+    click.echo(f"ramekin: {printable(' '.join(str(problem).split()))}", err=True)
+
+
+def json_line(value: object) -> str:
+    """JSON on one line: with every letter as it is where stdout is UTF-8, escaped where it would be lost or spoilt."""
+    return json.dumps(value, ensure_ascii="utf" not in (getattr(sys.stdout, "encoding", None) or "").lower())

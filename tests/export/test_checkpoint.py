@@ -112,9 +112,51 @@ def test_pickled_code_is_not_run(copy: Callable[[str], Path], tmp_path: Path) ->
     (folder / "model.safetensors").unlink()
     for content in ({"shared.weight": Malice()}, {"shared.weight": 3}, [1]):
         torch.save(content, folder / "pytorch_model.bin")
-        with pytest.raises(CheckpointError, match="not a file of tensors alone"):
+        with pytest.raises(CheckpointError, match="not a file of tensors alone; download it again"):
             Checkpoint.open(str(folder))
     assert not trace.exists()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "content", [b"", b".", b"\x80\x02h\x05.", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x04."]
+)
+def test_files_that_are_no_pickles(content: bytes, copy: Callable[[str], Path]) -> None:
+    """torch's own text advises to run what the file says."""
+    pytest.importorskip("torch")
+    folder = copy("flan")
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a file of tensors alone; download it again"):
+        Checkpoint.open(str(folder))
+
+
+def test_tensors_that_numpy_does_not_know(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    save_tensors = pytest.importorskip("safetensors.torch").save_file
+    folder, name = copy("flan"), "encoder.final_layer_norm.weight"
+    tensors = {key: torch.from_numpy(value) for key, value in load_file(folder / "model.safetensors").items()}
+    save_tensors({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}' cannot be read .*; save it as float32, float16 or bfloat16"):
+        export(str(folder), tmp_path / "model", "fp32")
+    (folder / "model.safetensors").unlink()
+    torch.save({**tensors, name: tensors[name].to_sparse()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"{name}' cannot be read"):
+        export(str(folder), tmp_path / "model", "fp32")
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_that_overflow(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("flan")
+
+    def grow(tensors: dict[str, np.ndarray]) -> None:
+        tensors["decoder.final_layer_norm.weight"] *= np.float32(1e30)
+        tensors["lm_head.weight"] *= np.float32(1e20)
+
+    edit_weights(folder, grow)
+    with pytest.raises(CheckpointError, match="too large for float32 arithmetic"):
+        export(str(folder), tmp_path / "model", "int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
 def test_pickled_weights_without_torch(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +329,12 @@ def index(content: str) -> Callable[[Path], None]:
         (text("spiece.model", "rubbish"), "spiece.model: not a SentencePiece model"),
         (config(model_type="bart"), "model_type 'bart'; only mt5 and t5"),
         (config(model_type="umt5"), "model_type 'umt5'"),
+        (config(model_type=[]), r"model_type \[\]; only mt5 and t5"),
+        (config(num_decoder_layers=10**9), "dims.decoder_layers must be at most 1024"),
+        (config(relative_attention_num_buckets=float("inf")), "cannot convert float infinity"),
+        (config(layer_norm_epsilon=10**400), "config.json: int too large"),
+        (text("tokenizer_config.json", '{"extra_ids": Infinity}'), "its tokenizer files are not"),
+        (text("tokenizer.json", '{"added_tokens":[{"id":Infinity,"content":"x"}]}'), "its tokenizer files are not"),
         (config(feed_forward_proj="gated-silu"), "'gated-silu' is not supported"),
         (config(d_kv=0), "dims.head_dim must be a positive integer"),
         (config(d_model="64"), "dims.d_model must be a positive integer"),

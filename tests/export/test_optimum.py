@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,17 @@ def test_half_folders(layout: str, removed: str, message: str, folder: Fold, tmp
     (half / removed).unlink()
     with pytest.raises((ModelFormatError, CheckpointError), match=message):
         Engine.load(half)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_no_graph(folder: Fold, tmp_path: Path) -> None:
+    """Opening it would wait for ever."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(folder("flan", "merged"), wrong)
+    (wrong / "encoder_model.onnx").unlink()
+    os.mkfifo(wrong / "encoder_model.onnx")
+    with pytest.raises(ModelFormatError, match=r"encoder_model\.onnx missing"):
+        Engine.load(wrong)
 
 
 def test_a_decoder_without_past_is_none(folder: Fold, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from ramekin.manifest import FileRecord, Manifest
 from ramekin_export import pipeline, writer
 from ramekin_export.graph import WeightFile
 from ramekin_export.pipeline import export
-from ramekin_export.target import whole_or_not_at_all
+from ramekin_export.target import check_target, scratch, whole_or_not_at_all
 from ramekin_export.verify import Checks
 from tests.make_runtime_model import TINY, train_tokenizer
 from tests.runtime.conftest import TINY_MODEL
@@ -109,6 +109,21 @@ def test_what_is_put_there_meanwhile_costs_no_model(tmp_path: Path, monkeypatch:
     kept = Path(str(caught.value).rpartition(" is in ")[2])
     Manifest.load(kept).check_files(kept, hash_up_to=None)
     assert names(out) == ["other"]
+
+
+def test_where_no_model_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for out, says in (("file", "holds other things"), (".", "holds other things"), ("file/a/b", "file: a file, so nothing")):
+        for force in (False, True):
+            with pytest.raises(FileExistsError, match=says):
+                check_target((tmp_path / out).resolve(), force)
+    check_target(tmp_path / "empty", force=False)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        for place in (scratch(tmp_path / "m"), whole_or_not_at_all(tmp_path / "m", force=False)):
+            with pytest.raises(OSError, match=f"{tmp_path.name}: .*make room"), place:
+                raise OSError(number, os.strerror(number))
+    assert names(tmp_path) == ["empty", "file"]
 
 
 def test_force_replaces_nothing_but_models(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -216,13 +231,16 @@ def test_a_disk_that_fills_leaves_nothing(
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends signals")
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (getattr(signal, "SIGHUP", 0), 129)]
+)
 def test_an_export_that_is_stopped_leaves_nothing(
     checkpoint: Callable[[str], Path], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     code = f"""
 import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell begin with it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup's with this one
 from ramekin_export import writer
 real = writer.build_decoder
 def slow(*arguments):
@@ -251,6 +269,8 @@ def test_wrong_arguments(checkpoint: Callable[[str], Path], tmp_path: Path) -> N
         export(str(checkpoint("flan")), tmp_path / "model", "int3")
     with pytest.raises(ValueError, match="prompt template: unknown field"):
         export(str(checkpoint("flan")), tmp_path / "model", prompt="{year}")
+    with pytest.raises(ValueError, match="it is not UTF-8 text"):
+        export(str(checkpoint("flan")), tmp_path / "model", prompt="\udcff{abstract}")
     with pytest.raises(ValueError, match="so no paper would be read"):
         export(str(checkpoint("flan")), tmp_path / "model", prompt="Ask something.")
 
@@ -278,8 +298,9 @@ def test_settings_that_mean_nothing_without_sampling(checkpoint: Callable[[str],
     import shutil
 
     folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
-    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.0, "seed": 3}')
-    assert export(str(folder), tmp_path / "model", "fp32").generation == {}
+    settings = {"do_sample": False, "temperature": 0.0, "seed": 3, "max_new_tokens": 7, "no_repeat_ngram_size": 10**400}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert export(str(folder), tmp_path / "model", "fp32").generation == {"max_new_tokens": 7}
 
 
 def test_the_text_of_added_tokens(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from ramekin import (
 )
 from ramekin.manifest import FileRecord, Manifest
 from ramekin.onnxfile import external_locations
-from tests.runtime.conftest import TINY_MODEL
+from tests.runtime.conftest import CUDA_MODEL, TINY_MODEL
 
 
 def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -107,6 +107,10 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw.update(max_source_tokens=0), "max_source_tokens"),
         (lambda raw: raw.update(onnxruntime={"at_least": "new"}), "onnxruntime must be a range of versions"),
         (lambda raw: raw.update(surprise=1), "not a complete manifest"),
+        (lambda raw: raw["files"].update({"\x1b[2J": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
+        (lambda raw: raw["files"]["spiece.model"].update(bytes=10**400), "files must give bytes"),
+        (lambda raw: raw.update(precision="\x1b[2J"), "precision must be str, not "),
+        (lambda raw: raw.update(generation={"top_p": 10**400}), "top_p must be"),
         (lambda raw: raw["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
     ],
 )
@@ -296,6 +300,9 @@ print(5e-324 > 0, bool(after))
 # The commands
 
 
+LONGEST = ["--max-new-tokens", "600", "--min-new-tokens", "600", "--top-k", "0"]  # the tiny model has 500 tokens
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
@@ -320,6 +327,12 @@ print(5e-324 > 0, bool(after))
         (["questions", "{model}", "{tmp}/text.txt", "--threads", "5000"], 2, "5000 is not in the range"),
         (["verify", "{model}", "--threads", "5000"], 2, "5000 is not in the range"),
         (["generate", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no prompts in it"),
+        (["generate", "{model}", "{tmp}/nothing.txt"], 1, "nothing.txt: an empty prompt"),
+        (["generate", "{model}", "{tmp}/nothings.jsonl"], 1, "nothings.jsonl, line 2: an empty prompt"),
+        (["generate", "{model}", "--temperature", "10001"], 2, "temperature must be a number from 0.0001 to 10000"),
+        (["generate", "{model}", "--no-repeat-ngram-size", "1", *LONGEST], 1, "every token is banned; lower min_new"),
+        (["generate", "{model}", "--no-repeat-ngram-size", "1", *LONGEST, "--greedy"], 1, "every token is banned"),
+        (["bench", "{cuda}", "--provider", "cuda"], 1, "cannot compute on cuda"),
         (["questions", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no papers in it"),
         (["questions", "{model}", "-"], 1, "not a paper"),
         (
@@ -339,10 +352,12 @@ def test_wrong_commands_say_one_line(arguments: list[str], status: int, says: st
     (tmp_path / "broken.jsonl").write_text('"fine"\n{\n')
     (tmp_path / "numbers.jsonl").write_text("3\n")
     (tmp_path / "blank.jsonl").write_text("\n \n")
+    (tmp_path / "nothing.txt").write_text(" \n")
+    (tmp_path / "nothings.jsonl").write_text('"x"\n""\n')
     (tmp_path / "deep.jsonl").write_text("[" * 200_000)
     (tmp_path / "deep.json").write_text('{"a":' * 200_000)
-    filled = [each.format(tmp=tmp_path, model=TINY_MODEL) for each in arguments]
-    found, out, err = run(*filled)
+    filled = [each.format(tmp=tmp_path, model=TINY_MODEL, cuda=CUDA_MODEL) for each in arguments]
+    found, out, err = run(*filled, stdin=b"a prompt")
     assert (found, out) == (status, "")
     assert says in err
     assert err.startswith("ramekin: ")
@@ -388,3 +403,47 @@ def test_truncation_is_a_warning_in_python(engine: Engine) -> None:
         warnings.simplefilter("always")
         engine.generate("neural " * 2000)
     assert ["cut" in str(each.message) for each in caught] == [True]
+
+
+def test_a_golden_run_beyond_all_numbers(model_copy: Path) -> None:
+    rewrite(model_copy, lambda raw: raw["golden"].update(logprobs=[10**400]))
+    status, _, err = run("verify", str(model_copy))
+    assert (status, err.count("\n")) == (1, 1)
+    assert "no usable golden run" in err
+
+
+def test_a_model_of_nothing_but_nan(model_copy: Path) -> None:
+    path = model_copy / "decoder.bin"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    rewrite(model_copy, lambda _: None, rehash=True)
+    for options in ([], ["--top-k", "0"], ["--greedy"], ["--repetition-penalty", "2"]):
+        status, out, err = run("generate", str(model_copy), *options, stdin=b"x")
+        assert (status, out.strip(), err.count("\n")) == (1, "", 1), err
+        assert "not numbers" in err
+
+
+def test_a_manifest_cannot_move_the_cursor(model_copy: Path) -> None:
+    rewrite(model_copy, lambda raw: raw.update(source={"\x1b[2J": "\x1b]0;x\x07"}, recipe={"a\nb": "c\rd"}))
+    status, out, _ = run("info", str(model_copy))
+    assert status == 0
+    assert all(each.isprintable() for each in out.splitlines())
+    assert "source ?[2J" in out
+    (model_copy / "spiece.model").unlink()
+    _, _, err = run("generate", f"{model_copy}/../\x1b[2J", stdin=b"x")
+    assert err.rstrip("\n").isprintable()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+def test_too_little_memory_is_one_line() -> None:
+    """For onnxruntime too, which would log in colour."""
+    code = (
+        "import resource, sys; from ramekin.cli import main; import onnxruntime, numpy\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30,) * 2)\n"
+        f"main(['generate', {str(TINY_MODEL)!r}, sys.argv[1], '--threads', '1', '--max-source-tokens', '100000'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-"], input=b"a b c " * 9000, capture_output=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1
+    assert done.stderr.startswith(b"ramekin: not enough memory")

@@ -86,6 +86,16 @@ def test_generate_from_stdin() -> None:
     assert first == run("generate", str(TINY_MODEL), "-", "-n", "3", "--seed", "1", stdin=b"a b c\n")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+def test_letters_that_stdout_has_not(encoding: str) -> None:
+    prompt, environment = "na\u00efve \u65e5\u672c \U0001f600", {**os.environ, "PYTHONIOENCODING": encoding}
+    for options in ([], ["--json"]):
+        command = [sys.executable, "-m", "ramekin", "generate", str(TINY_MODEL), *options]
+        done = subprocess.run(command, input=prompt.encode(), capture_output=True, env=environment, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout.decode("utf-8"))["prompt"] == prompt
+
+
 def test_generate_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('"one"\n\n{"prompt": "two"}\n')

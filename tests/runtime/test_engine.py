@@ -14,6 +14,7 @@ import pytest
 
 from ramekin import Completion, Engine, SamplingParams, Token, TruncationWarning
 from ramekin.cache import Cache
+from tests.runtime.conftest import TINY_MODEL
 
 PROMPT = "We propose a new approach to neural parsing."
 
@@ -163,6 +164,46 @@ def test_long_prompts_are_cut_with_a_warning(engine: Engine) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.source_ids(PROMPT)
+    for call in (
+        short.source_ids,
+        short.generate,
+        lambda text: short.generate_many([text]),
+        lambda text: short.score(text, "a"),
+    ):
+        with pytest.warns(TruncationWarning) as caught:
+            call(PROMPT)
+        assert [each.filename for each in caught] == [__file__]  # the caller's line, however deep the cut was made
+
+
+def test_prompts_from_an_iterator(engine: Engine) -> None:
+    params = SamplingParams(n=2, max_new_tokens=3, seed=1)
+    assert engine.generate_many(iter(["a", "b"]), params) == engine.generate_many(["a", "b"], params)
+    assert len({number for number, _ in engine.stream_many(iter(["a", "b"]), params)}) == 2
+    for call in (engine.generate_many, lambda text: list(engine.stream_many(text))):
+        with pytest.raises(TypeError, match="several prompts are a list of texts"):
+            call("abc")
+
+
+@pytest.mark.parametrize("params", [{}, {"n": 2}, 3])
+def test_parameters_of_another_type(engine: Engine, params: object) -> None:
+    with pytest.raises(TypeError, match="params must be SamplingParams"):
+        engine.generate("x", params)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["threads", "max_source_tokens"])
+def test_numbers_of_another_type(name: str) -> None:
+    for value in (2.5, "2", True):
+        with pytest.raises(TypeError, match=f"{name} must be an integer"):
+            Engine.load(TINY_MODEL, **{name: value})  # type: ignore[arg-type]
+    assert Engine.load(TINY_MODEL, **{name: np.int64(2)})  # type: ignore[arg-type]
+
+
+def test_the_callers_limit_goes_before_the_models_wish(engine: Engine) -> None:
+    wishing = Engine(engine.model, engine.tokenizer, replace(engine.manifest, generation={"min_new_tokens": 20}))
+    assert wishing.params().min_new_tokens == 20
+    assert wishing.params(max_new_tokens=5).min_new_tokens == 5
+    with pytest.raises(ValueError, match="min_new_tokens must be from 0 to 5, not 6"):
+        wishing.params(max_new_tokens=5, min_new_tokens=6)
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", "\u65e5\u672c\u8a9e", "<extra_id_0>", [1], [2, 2, 2], np.array([3, 1])])

@@ -122,3 +122,15 @@ def test_braces_in_a_paper_are_text() -> None:
 def test_wrong_templates(template: str) -> None:
     with pytest.raises(ValueError, match="prompt template"):
         build_prompt(EXPECTED, template)
+
+
+def test_numbers_of_any_length() -> None:
+    paper = Paper.parse(f"Abstract\nText.\n{'9' * 5000} Methods\nMore.\n{'1' * 5000} Introduction\n")
+    assert paper.abstract.startswith("Text. 999")
+
+
+def test_parts_that_are_not_texts() -> None:
+    with pytest.raises(PaperError, match="abstract must be a text, not int"):
+        Paper(abstract=5)  # type: ignore[arg-type]
+    with pytest.raises(PaperError, match="cannot be read"):
+        Paper.read("a\0b")
