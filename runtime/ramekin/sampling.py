@@ -184,7 +184,9 @@ def _ban(logits: Floats, early: npt.NDArray[np.bool_], eos: Sequence[int]) -> Fl
 
 def _without(ranked: Ranked, early: npt.NDArray[np.bool_], eos: Sequence[int]) -> Ranked:
     """What `_ban` does, of ranked logits: eos goes to the end."""
-    banned = early[:, None] & np.isin(ranked.ids, eos)
+    if not early.any():
+        return ranked
+    banned = early[:, None] & (ranked.ids[:, :, None] == np.asarray(eos)).any(axis=2)  # few of each: `np.isin` takes longer
     return _sorted(np.where(banned, np.float32(-np.inf), ranked.values), ranked.ids) if banned.any() else ranked
 
 
