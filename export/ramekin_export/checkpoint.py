@@ -84,7 +84,9 @@ class Checkpoint:
             )
         try:
             array = np.asarray(self._readers[name](name))
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} cannot be read: {error}") from None
+        except (TypeError, AttributeError, RuntimeError) as error:  # a kind of tensor that NumPy does not have
             raise CheckpointError(
                 f"{self.folder}: tensor {name!r} cannot be read ({error}); save it as float32, float16 or bfloat16"
             ) from None

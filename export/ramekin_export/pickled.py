@@ -33,6 +33,8 @@ def read_pickled(path: Path) -> dict[str, Callable[[str], npt.NDArray[Any]]]:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except RuntimeError:  # written before torch 1.6: cannot be mapped
                 state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception:  # whatever a broken pickle leads to; torch's own text advises to run what the file says
         raise CheckpointError(useless) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -55,7 +55,7 @@ def export(
 
     Raises:
         CheckpointError: the checkpoint cannot be exported; the text says why.
-        FileExistsError: `out` is there, and `force` was not asked for.
+        FileExistsError: `out` is there and `force` was not asked for, or it holds something else than a model.
         ValueError: `precision` or `prompt` is none.
         VerificationError: the model's predictions are too far from float32's.
     """

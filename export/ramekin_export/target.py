@@ -20,7 +20,7 @@ def check_target(out: Path, force: bool) -> None:
     Raises:
         FileExistsError: `out` is there, and may not be replaced.
     """
-    beside = next(folder for folder in out.parents if folder.exists())
+    beside = next((folder for folder in out.parents if folder.exists()), out)
     if not beside.is_dir():
         raise FileExistsError(f"{beside}: a file, so nothing can be written into it; choose another place for the model")
     if not out.exists():
@@ -79,8 +79,8 @@ def _told_when_full(place: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        reason = f"{place}: {(error.strerror or 'no space').lower()}; make room for a larger file and export again"
-        raise OSError(error.errno, reason) from None
+        # Without a number, so that what contains this does not tell it again.
+        raise OSError(f"{place}: {error.strerror}; make room for larger files and try again") from None
 
 
 def _take_place(folder: Path, out: Path) -> None:

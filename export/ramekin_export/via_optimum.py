@@ -28,7 +28,7 @@ def export_via_optimum(source: str, out: Path, precision: str, revision: str | N
 
     Raises:
         CheckpointError: the checkpoint cannot be exported, or optimum fails; the text says why.
-        FileExistsError: `out` is there, and `force` was not asked for.
+        FileExistsError: `out` is there and `force` was not asked for, or it holds something else than a model.
         ImportError: optimum, torch or transformers are not installed.
         ValueError: `precision` is not one of `PRECISIONS`.
     """

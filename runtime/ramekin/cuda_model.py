@@ -224,7 +224,11 @@ class CudaModel:
     def _recording(self, cache: CudaCache) -> int:
         """The number of the recording for these addresses; -1 for none. A session keeps its recordings, so they are few."""
         key = cache.cross.memory.number, cache.memory.number
-        if not self._records or (key not in self._recordings and len(self._recordings) == _MOST_RECORDED):
+        if not self._records:
+            return -1
+        if key not in self._recordings and len(self._recordings) >= _MOST_RECORDED:
+            told = f"steps of more than {_MOST_RECORDED} different jobs are not recorded as CUDA graphs, and slower"
+            warnings.warn(f"{told}; jobs of few different sizes share theirs", RuntimeWarning, stacklevel=2)
             return -1
         return self._recordings.setdefault(key, len(self._recordings) + 1)
 

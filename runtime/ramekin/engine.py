@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ class Engine:
         """Sampling parameters: these values, where not given those of the model, where it has none the usual ones."""
         known = SamplingParams.known(self.manifest.generation)
         longest = values.get("max_new_tokens")
-        if isinstance(longest, int) and "min_new_tokens" in known:  # the caller's limit goes before the model's wish
-            known["min_new_tokens"] = min(known["min_new_tokens"], longest)
+        if isinstance(longest, Integral) and "min_new_tokens" in known:  # the caller's limit goes before the model's wish
+            known["min_new_tokens"] = min(known["min_new_tokens"], int(longest))
         return SamplingParams(**{**known, **values})
 
     def _chosen(self, params: SamplingParams | None) -> SamplingParams:

@@ -195,7 +195,7 @@ class Manifest:
         for name, kind in (("variant", str), ("prompt", str), ("precision", str), ("opset", int)):
             value = getattr(self, name)
             if not isinstance(value, kind) or (name in ("variant", "precision") and not str(value).isprintable()):
-                raise ModelFormatError(f"{name} must be {kind.__name__}, not {value!r}")
+                raise ModelFormatError(f"{name} must be {kind.__name__} without control characters, not {value!r}")
         for name in ("recipe", "generation", "source", "tools", "golden", "quality"):
             if not isinstance(getattr(self, name), dict):
                 raise ModelFormatError(f"{name} must be an object, not {getattr(self, name)!r}")

@@ -102,9 +102,10 @@ def _sections(text: str) -> dict[str, str]:
     parts: dict[str, list[str]] = {"title": [], "abstract": [], "introduction": []}
     current: str | None = "title"
     opened: re.Match[str] | None = None
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for before, line in zip(["", *lines], lines, strict=False):
         heading = _HEADING.match(line)
-        if heading and not _in_a_sentence(heading):
+        if heading and not (opened and before.strip() and _in_a_sentence(heading)):
             current, opened = heading["name"].lower(), heading
             parts[current].append(heading["rest"] or "")
         elif opened and current and _ends_section(line, opened):
@@ -120,8 +121,8 @@ def _sections(text: str) -> dict[str, str]:
 
 
 def _in_a_sentence(heading: re.Match[str]) -> bool:
-    """Whether a wrapped line only begins with the word: "introduction. We then ...", "abstract-level ..."."""
-    bare = not heading["marks"] and not heading["number"] and heading["name"][0].islower()
+    """Whether a line, if others stand before it, only begins with the word: "introduction. We ...", "abstract-level ..."."""
+    bare = heading[0].lstrip().startswith(heading["name"]) and heading["name"].islower()
     return bare and bool(heading["rest"]) and heading["mark"] in (".", "-")
 
 

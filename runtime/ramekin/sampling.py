@@ -306,6 +306,7 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
 def _check_number(name: str, value: object, low: float, high: float, wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    number: Any = value  # compared as it is: not every integer is a float
+    # Compared as it is: not every integer is a float, and NumPy would round the limits to its own type.
+    number: Any = value.item() if isinstance(value, np.generic) else value
     if not low <= number <= high:
         raise ValueError(f"{name} must be {wanted}, not {value}")

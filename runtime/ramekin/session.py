@@ -40,12 +40,12 @@ def about_memory(error: Exception) -> bool:
     return any(sign in " ".join(str(error).split()).lower() for sign in signs)
 
 
-def failure(error: Exception) -> RamekinError:
-    """What to tell of a run that onnxruntime ended with an error."""
+def failure(error: Exception, hint: str = "; `ramekin verify` tells whether the model is intact") -> RamekinError:
+    """What to tell of a run that onnxruntime ended with an error, and what to do about it."""
     reason = " ".join(str(error).split())[:300]
     if about_memory(error):
         return RamekinError(f"not enough memory; ask for fewer or shorter samples, or give a shorter prompt ({reason})")
-    return RamekinError(f"onnxruntime failed: {reason}; `ramekin verify` tells whether the model is intact")
+    return RamekinError(f"onnxruntime failed: {reason}{hint}")
 
 
 def usable_cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -112,6 +112,7 @@ def open_session(
 
     Raises:
         ProviderError: onnxruntime opened it, but not on this provider.
+        RamekinError: there is not enough memory for it.
         ModelFormatError: the file is not a graph that onnxruntime can load, or asks for files outside the folder.
     """
     try:

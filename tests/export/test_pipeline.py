@@ -123,6 +123,15 @@ def test_where_no_model_can_be_written(tmp_path: Path) -> None:
         for place in (scratch(tmp_path / "m"), whole_or_not_at_all(tmp_path / "m", force=False)):
             with pytest.raises(OSError, match=f"{tmp_path.name}: .*make room"), place:
                 raise OSError(number, os.strerror(number))
+        with (
+            pytest.raises(OSError, match="room") as caught,
+            whole_or_not_at_all(tmp_path / "m", force=False) as folder,
+            scratch(folder),
+        ):
+            raise OSError(number, os.strerror(number))
+        assert str(caught.value) == f"{folder.parent}: {os.strerror(number)}; make room for larger files and try again"
+    with pytest.raises(FileExistsError, match="holds other things"):
+        check_target(Path("/"), force=True)
     assert names(tmp_path) == ["empty", "file"]
 
 

@@ -109,7 +109,7 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw.update(surprise=1), "not a complete manifest"),
         (lambda raw: raw["files"].update({"\x1b[2J": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
         (lambda raw: raw["files"]["spiece.model"].update(bytes=10**400), "files must give bytes"),
-        (lambda raw: raw.update(precision="\x1b[2J"), "precision must be str, not "),
+        (lambda raw: raw.update(precision="\x1b[2J"), "precision must be str without control characters, not "),
         (lambda raw: raw.update(generation={"top_p": 10**400}), "top_p must be"),
         (lambda raw: raw["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
     ],

@@ -87,13 +87,20 @@ def test_generate_from_stdin() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
-def test_letters_that_stdout_has_not(encoding: str) -> None:
+def test_letters_that_stdout_has_not(encoding: str, tmp_path: Path) -> None:
     prompt, environment = "na\u00efve \u65e5\u672c \U0001f600", {**os.environ, "PYTHONIOENCODING": encoding}
     for options in ([], ["--json"]):
         command = [sys.executable, "-m", "ramekin", "generate", str(TINY_MODEL), *options]
         done = subprocess.run(command, input=prompt.encode(), capture_output=True, env=environment, timeout=60, check=False)
         assert (done.returncode, done.stderr) == (0, b"")
     assert json.loads(done.stdout.decode("utf-8"))["prompt"] == prompt
+    papers = tmp_path / "papers.jsonl"
+    papers.write_text("\n".join(json.dumps({**PAPER, "title": prompt}) for _ in range(2)))
+    command = [sys.executable, "-m", "ramekin", "questions", str(TINY_MODEL), str(papers), "-n", "1"]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
+    assert done.returncode == 0
+    shown = "utf-8" if encoding == "ascii" else encoding  # click takes ASCII for a setting that somebody forgot
+    assert f"# {prompt}".encode(shown, "backslashreplace") in done.stdout
 
 
 def test_generate_json_lines(tmp_path: Path) -> None:

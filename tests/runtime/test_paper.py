@@ -67,6 +67,9 @@ def test_papers_in_every_form(text: str, tmp_path: Path) -> None:
             "As in every introduction. Here abstract-level text.",
         ),
         ("introduction: we do X.", "we do X."),
+        ("introduction. We do X.", "We do X."),
+        ("A Title\n\nabstract. No.\n\nintroduction - We do X.", "We do X."),
+        ("abstract\nNo.\n**introduction.** We do X.", "We do X."),
     ],
 )
 def test_sections_keep_what_is_theirs(text: str, introduction: str | None) -> None:

@@ -217,6 +217,8 @@ def test_the_first_of_equal_tokens_is_the_greedy_one() -> None:
         ("top_k", -1, ValueError),
         ("top_p", 0, ValueError),
         ("top_p", 1.01, ValueError),
+        ("top_p", np.float32(0), ValueError),
+        ("min_p", np.float32(1), ValueError),
         ("top_p", math.nan, ValueError),
         ("min_p", 1, ValueError),
         ("min_p", -0.1, ValueError),
