@@ -17,7 +17,7 @@ import numpy as np
 
 from ramekin.cache import Floats
 from ramekin_export.config import T5Config
-from ramekin_export.weights import Weights, finite
+from ramekin_export.weights import Weights
 
 
 class Folded:
@@ -32,9 +32,6 @@ class Folded:
 
     def tensor(self, name: str, *shape: int) -> Floats:
         """One tensor as float32, rewritten."""
-        return finite(name, lambda: self._rewritten(name, *shape))
-
-    def _rewritten(self, name: str, *shape: int) -> Floats:
         array, at = self._weights.tensor(name, *shape), name.removesuffix(".weight")
         before, _, part = at.rpartition(".")
         if part in ("v", self._gate()):

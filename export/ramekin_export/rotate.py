@@ -14,7 +14,7 @@ import numpy as np
 
 from ramekin.cache import Floats
 from ramekin_export.config import T5Config
-from ramekin_export.weights import Weights, finite
+from ramekin_export.weights import Weights
 
 _WRITERS = (".o", ".wo")
 
@@ -42,9 +42,6 @@ class Rotated:
 
     def tensor(self, name: str, *shape: int) -> Floats:
         """One tensor as float32, rewritten."""
-        return finite(name, lambda: self._rewritten(name, *shape))
-
-    def _rewritten(self, name: str, *shape: int) -> Floats:
         at = name.removesuffix(".weight")
         array = self._weights.tensor(name, *shape)
         if at.endswith("layer_norm"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -21,14 +20,25 @@ class Weights(Protocol):
         """Whether there is such a tensor."""
 
 
-def finite(name: str, rewrite: Callable[[], Floats]) -> Floats:
-    """A tensor that `rewrite` makes of others, which are finite.
+class Finite:
+    """Weights that are rewritten as they are read, and refused if that makes them too large for float32."""
 
-    Raises:
-        CheckpointError: it is not.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        array = rewrite()
-        if not np.isfinite(array.sum(dtype=np.float64)):
-            raise CheckpointError(f"{name}: these weights are too large for float32 arithmetic; is the checkpoint intact?")
-    return array
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def tensor(self, name: str, *shape: int) -> Floats:
+        """One tensor as float32.
+
+        Raises:
+            CheckpointError: it holds numbers that are not finite.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            array = self._weights.tensor(name, *shape)
+            if not np.isfinite(array.sum(dtype=np.float64)):
+                raise CheckpointError(
+                    f"{name}: these weights are too large for float32 arithmetic; is the checkpoint intact?"
+                )
+        return array

@@ -24,7 +24,7 @@ from ramekin_export.head import Head
 from ramekin_export.recipe import Recipe
 from ramekin_export.rotate import Rotated
 from ramekin_export.vocabulary import write_vocabulary
-from ramekin_export.weights import Weights
+from ramekin_export.weights import Finite, Weights
 
 CUDA_LAYOUT: dict[str, Any] = {"layout": "cuda", "opset": CUDA_OPSET, "onnxruntime": VersionRange(at_least="1.31.1")}
 """What the manifest tells of graphs for CUDA. 1.31.1 is the release in whose CUDA library their kernels were looked for."""
@@ -75,6 +75,7 @@ class Writer:
         weights = rotated or weights
         if isinstance(recipe, Recipe) and recipe.folded:
             weights = Folded(weights, config)
+        weights = Finite(weights)
 
         def advance(parameters: int) -> None:
             progress(parameters, total)
