@@ -17,8 +17,8 @@ import onnxruntime as ort
 
 from ramekin import Engine
 from ramekin.bench import Job, run
-from ramekin.manifest import DECODER, ENCODER
-from ramekin.model import Model
+from ramekin.manifest import COMPACT_DECODER, ENCODER
+from ramekin.model import Model, decoder_graph
 
 
 def profile(folder: Path, job: Job, threads: int) -> dict[str, dict[str, float]]:
@@ -26,15 +26,17 @@ def profile(folder: Path, job: Job, threads: int) -> dict[str, dict[str, float]]
     engine = Engine.load(folder, threads=threads)
     with tempfile.TemporaryDirectory() as scratch:
         sessions = []
-        for graph in (ENCODER, DECODER):
+        graphs = ENCODER, decoder_graph(ort, engine.manifest)
+        for graph in graphs:
             options = ort.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / graph)
             sessions.append(ort.InferenceSession(str(folder / graph), options, providers=["CPUExecutionProvider"]))
-        run(Engine(Model(ort, *sessions, engine.manifest), engine.tokenizer, engine.manifest), job)
+        model = Model(ort, *sessions, engine.manifest, graphs[1] == COMPACT_DECODER, threads)
+        run(Engine(model, engine.tokenizer, engine.manifest), job)
         result = {}
-        for graph, session, runs in zip((ENCODER, DECODER), sessions, (1, job.tokens), strict=True):
+        for graph, session, runs in zip(graphs, sessions, (1, job.tokens), strict=True):
             events = json.loads(Path(session.end_profiling()).read_text())
             spent: Counter[str] = Counter()
             for event in events:

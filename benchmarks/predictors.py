@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from benchmarks.naive import Int8PerTensor, NearestPerBlock
 from ramekin import Engine, SamplingParams
+from ramekin.model import Model
 from ramekin_export.pipeline import export
 from ramekin_export.recipe import RECIPES, Int8Normed, Int8PerToken, Int8TwoBytes, Layers, PerBlock, Recipe
 from ramekin_export.verify import Checks
@@ -48,6 +49,8 @@ class Ramekin:
         model, start = self.engine.model, self.engine.manifest.tokens.start
         longest = max(map(len, targets))
         cache = model.new_cache(model.prefill(source), len(targets), longest, 1)
+        if isinstance(model, Model):
+            model.compact(cache)  # the prompt in int8 if the recipe has that, though only few samples get it
         fed = np.full((len(targets), longest), start)
         for row, target in zip(fed, targets, strict=True):
             row[1 : len(target)] = target[:-1]
@@ -236,6 +239,7 @@ PREDICTORS: Mapping[str, Make] = {
     "int8, one scale for all tokens": _ours(replace(_INT8, encoder=Layers(Int8Normed(), Int8PerTensor()))),
     "int8, o and wo in blocks of 128": _ours(replace(_INT8, decoder=Layers(Int8Normed(), PerBlock(8)))),
     "int8, pairs that saturate": _ours(_SATURATING),
+    "int8, prompt in floats": _ours(replace(_INT8, compact=False)),
     "int8, head in blocks of 32": _ours(replace(_INT8, head=PerBlock(8, block=32))),
     "int8, naive": _ours(_NAIVE),
     "int4": _ours(_INT4, "int4"),
@@ -245,6 +249,7 @@ PREDICTORS: Mapping[str, Make] = {
     "int4, rounded to nearest": _ours(
         replace(_INT4, decoder=Layers.alike(NearestPerBlock(4, block=256)), calibrated=False), "int4"
     ),
+    "int4, prompt in floats": _ours(replace(_INT4, compact=False), "int4"),
     "int4, blocks of 128": _ours(replace(_INT4, decoder=Layers.alike(PerBlock(4))), "int4"),
     "int4, naive": _ours(replace(_NAIVE, decoder=Layers.alike(NearestPerBlock(4)), head=NearestPerBlock(4)), "int4"),
     "bitsandbytes nf4": _torch(_bitsandbytes("nf4")),

@@ -58,7 +58,7 @@ def build_decoder(
         own, *_ = g.nodes("GroupQueryAttention", inputs, f"{at}.heads", [f"{at}.heads", *present[pair]], **heads)
         new = project(g, recipe.decoder.outward, own, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
 
-        at = f"{block}.layer.1.EncDecAttention"
+        at = cross_attention_at(i)
         gain = c.tensor(f"{block}.layer.1.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.1.layer_norm", gain)
         query = project(g, recipe.decoder.inward, normed, f"{at}.q", c.tensor(f"{at}.q.weight", inner, dims.d_model))
@@ -82,6 +82,11 @@ def build_decoder(
     for name in present:
         g.output(name, np.float32, cache)
     return g
+
+
+def cross_attention_at(layer: int) -> str:
+    """The name of a layer's attention to the prompt. Its queries go into `.folded`, what it makes of them is `.heads`."""
+    return f"decoder.block.{layer}.layer.1.EncDecAttention"
 
 
 def _cross_attention(g: GraphBuilder, config: T5Config, query: str, keys: str, values: str, at: str) -> str:

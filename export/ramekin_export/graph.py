@@ -121,6 +121,16 @@ class GraphBuilder:
         )
         return list(outputs)
 
+    def rewritten(self) -> tuple[GraphBuilder, list[onnx.NodeProto]]:
+        """A graph with the same inputs, outputs and weights but no nodes yet, and this one's nodes, to be added to it."""
+        other = GraphBuilder(self._name, self._weights, self._opset)
+        other._inputs, other._outputs, other._initializers = [*self._inputs], [*self._outputs], {**self._initializers}
+        return other, list(self._nodes)
+
+    def add(self, node: onnx.NodeProto) -> None:
+        """Add a node of another graph."""
+        self._nodes.append(node)
+
     def save(self, path: Path) -> None:
         """Write the `.onnx` file."""
         graph = helper.make_graph(

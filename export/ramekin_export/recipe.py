@@ -195,6 +195,7 @@ class Recipe:
         rotated: rewrite the weights first, see `rotate`.
         folded: rewrite the weights first, see `fold`.
         calibrated: round the decoder's weights by what its layers see.
+        compact: let few samples read the prompt's keys and values in int8.
         most_divergence: mean KL divergence from float32, in nats per token, beyond which an export fails.
     """
 
@@ -204,6 +205,7 @@ class Recipe:
     rotated: bool = True
     folded: bool = True
     calibrated: bool = False
+    compact: bool = False
     most_divergence: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -234,8 +236,10 @@ RECIPES: dict[str, Recipe] = {
     "fp32": Recipe(_FLOAT32, _FLOAT32, Float32(), rotated=False, folded=False),
     # Many samples are bound by arithmetic, and integer products at a constant scale are the fastest there is; few samples by
     # the bytes of the weights, of which int4 has half.
-    "int8": Recipe(_ENCODER, Layers(Int8Normed(), Int8TwoBytes()), PerBlock(8), most_divergence=0.01),
-    "int4": Recipe(_ENCODER, Layers.alike(PerBlock(4, block=256)), PerBlock(8), calibrated=True, most_divergence=0.1),
+    "int8": Recipe(_ENCODER, Layers(Int8Normed(), Int8TwoBytes()), PerBlock(8), compact=True, most_divergence=0.01),
+    "int4": Recipe(
+        _ENCODER, Layers.alike(PerBlock(4, block=256)), PerBlock(8), calibrated=True, compact=True, most_divergence=0.1
+    ),
 }
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ramekin.manifest import Dims, Manifest, VersionRange
+from ramekin.cache import FEW_ROWS
+from ramekin.manifest import COMPACT_DECODER, Dims, Manifest, VersionRange
 from ramekin.session import onnxruntime
 
 _BUFFER = 256 << 20
@@ -81,9 +82,10 @@ class Work:
         return self.prefill_s(ceiling) + self.tokens * self.step_s(ceiling)
 
     def cached_bytes(self, position: int) -> int:
-        """Bytes of keys and values: the prompt's, once, and those of n samples that are `position` tokens long."""
+        """Bytes of keys and values: the prompt's, once (in int8 for few samples), and n samples' of `position` tokens."""
         dims = self.manifest.dims
-        return 2 * dims.decoder_layers * _inner(dims) * 4 * (self.source + self.n * position)
+        compact = COMPACT_DECODER in self.manifest.files and self.n <= FEW_ROWS
+        return 2 * dims.decoder_layers * _inner(dims) * ((1 if compact else 4) * self.source + 4 * self.n * position)
 
     def _forward(self, dims: Dims) -> int:
         return (2 if self.manifest.variant == "t5-v1.0" else 3) * dims.d_model * dims.d_ff

@@ -169,8 +169,8 @@ class Engine:
         """The loop: all samples of one or more prompts, with the number of the prompt that each event belongs to."""
         seed = secrets.randbits(63) if params.seed is None else int(params.seed)
         eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
-        cross = self.model.prefill(*prompts)
-        cache = self.model.new_cache(cross, len(prompts) * params.n, params.max_new_tokens, params.candidates)
+        rows = len(prompts) * params.n
+        cache = self.model.new_cache(self.model.prefill(*prompts), rows, params.max_new_tokens, params.candidates)
         draws = uniforms(seed, params.n, params.max_new_tokens)
         running = [
             Sample(prompt, i, IncrementalDecoder(self.tokenizer), [start])

@@ -19,6 +19,8 @@ _MOST_LAYERS = 1024
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes, and what ONNX Runtime calls it."""
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
+COMPACT_DECODER = "decoder_compact.onnx"
+"""The decoder once more, over the same weights: it also takes the prompt's keys and values in int8."""
 
 DEFAULT_PROMPT = (
     "Generate Question, Answer pair correspond to the following research paper. "
@@ -29,10 +31,13 @@ DEFAULT_PROMPT = (
 # Tensor names. The encoder graph: input_ids (1, S) int64 -> cross_key_i (1, heads, S, head_dim), cross_value_i (1,
 # heads, head_dim, S). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32, top_k (1,) int64, past_key_i,
 # past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and top_ids (n, top_k),
-# present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32.
+# present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32. The compact decoder graph
+# has these inputs besides: float_rows (1,) and compact_rows (1,) int64, compact_scales (2 * layers, heads, 1, head_dim),
+# compact_key_i, compact_value_i (1, heads, S, head_dim) int8; and outputs kept_key_i, kept_value_i, bound to compact_*.
 INPUT_IDS = "input_ids"
 TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
 LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
+FLOAT_ROWS, COMPACT_ROWS, COMPACT_SCALES = "float_rows", "compact_rows", "compact_scales"
 # Graphs for CUDA have others of other shapes, see `build_cuda_encoder` and `build_cuda_decoder`, and these besides.
 SOURCE_LENGTHS, POSITIONS, DISTANCES, UNFOLDED = "source_lengths", "positions", "distances", "unfolded"
 TOP_LOGPROBS = "top_logprobs"
@@ -51,6 +56,16 @@ def cross_shapes(dims: Dims, source: Size) -> dict[str, tuple[int | Size, ...]]:
     keys = (1, dims.num_heads, source, dims.head_dim)
     values = (1, dims.num_heads, dims.head_dim, source)
     return {name: (keys, values)[i % 2] for i, name in enumerate(cross_names(dims.decoder_layers))}
+
+
+def compact_names(layers: int) -> list[str]:
+    """The same keys and values in int8, in the order of `cross_names`."""
+    return [f"compact_{part}_{i}" for i in range(layers) for part in ("key", "value")]
+
+
+def kept_names(layers: int) -> list[str]:
+    """The same as outputs, which the compact decoder's operator insists on and does not change."""
+    return [f"kept_{part}_{i}" for i in range(layers) for part in ("key", "value")]
 
 
 def past_names(layers: int) -> list[str]:

@@ -12,11 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ramekin.cache import Cache, Cross, Floats
+from ramekin.cache import FEW_ROWS, Cache, CompactCross, Cross, Floats
 from ramekin.errors import ModelFormatError
 from ramekin.manifest import (
+    COMPACT_DECODER,
+    COMPACT_ROWS,
+    COMPACT_SCALES,
     DECODER,
     ENCODER,
+    FLOAT_ROWS,
     INPUT_IDS,
     LOGITS,
     PAST_LENGTHS,
@@ -26,15 +30,20 @@ from ramekin.manifest import (
     TOP_VALUES,
     Dims,
     Manifest,
+    VersionRange,
+    compact_names,
     cross_names,
     cross_shapes,
+    kept_names,
     past_names,
     present_names,
 )
 from ramekin.session import failure, onnxruntime, open_session
 
 Shapes = Mapping[str, tuple[int | None, ...]]
-_NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int32", "int64")}
+_NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int8", "int32", "int64")}
+COMPACT_RUNTIMES = VersionRange(at_least="1.30.0")
+"""Versions of onnxruntime that have the operator of the compact decoder. Without it everything works, but slower."""
 
 
 @dataclass(frozen=True)
@@ -92,21 +101,39 @@ class Model:
 
     prompts_at_once = 1  # several would only be padded to the longest: one fills every core
 
-    def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest) -> None:
+    def __init__(
+        self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, compact: bool = False, threads: int = 1
+    ) -> None:
+        """Check sessions of the two graphs.
+
+        Args:
+            ort: the onnxruntime module.
+            encoder: a session of `encoder.onnx`.
+            decoder: a session of `decoder.onnx`, or of `decoder_compact.onnx` ...
+            manifest: what the graphs have to agree with.
+            compact: ... which has further inputs.
+            threads: how many threads round keys and values.
+        """
         self.dims = manifest.dims
-        self._ort, self._encoder, self._decoder = ort, encoder, decoder
+        self._ort, self._encoder, self._decoder, self._threads = ort, encoder, decoder, threads
+        self._unused = CompactCross.unused(self.dims) if compact else None
         layers = self.dims.decoder_layers
         self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
+        self._compact, self._kept = (compact_names(layers), kept_names(layers)) if compact else ([], [])
         heads, width = self.dims.num_heads, self.dims.head_dim
         crossed: Shapes = cross_shapes(self.dims, None)
-        cached: Shapes = dict.fromkeys(self._past, (None, heads, None, width))
-        written: Shapes = dict.fromkeys(self._present, (None, heads, None, width))
+        cached: Shapes = dict.fromkeys(self._past + self._compact, (None, heads, None, width))
+        written: Shapes = dict.fromkeys(self._present + self._kept, (None, heads, None, width))
         small: Shapes = {TOKEN_IDS: (None, 1), PAST_LENGTHS: (None,), TOP_K: (1,)}
+        more: Shapes = (
+            {FLOAT_ROWS: (1,), COMPACT_ROWS: (1,), COMPACT_SCALES: (2 * layers, heads, 1, width)} if compact else {}
+        )
         ranked: Shapes = {LOGITS: (None, self.dims.vocab_size), TOP_VALUES: (None, None), TOP_IDS: (None, None)}
+        graph = COMPACT_DECODER if compact else DECODER
         check_tensors(ENCODER, encoder.get_inputs(), {INPUT_IDS: (1, None)})
         check_tensors(ENCODER, encoder.get_outputs(), crossed)
-        check_tensors(DECODER, decoder.get_inputs(), {**small, **cached, **crossed})
-        check_tensors(DECODER, decoder.get_outputs(), {**ranked, **written})
+        check_tensors(graph, decoder.get_inputs(), {**small, **more, **cached, **crossed})
+        check_tensors(graph, decoder.get_outputs(), {**ranked, **written})
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, provider: str, threads: int) -> Model:
@@ -117,11 +144,12 @@ class Model:
             RuntimeVersionError: onnxruntime is missing or of a version that the model does not support.
         """
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
+        graph = decoder_graph(ort, manifest)
         # Opening a graph packs its weights with one thread, so both are opened at once.
         with ThreadPoolExecutor(2) as pool:
             encoder = pool.submit(open_session, ort, folder / ENCODER, files, provider, threads, rests=True)
-            decoder = pool.submit(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
-        return cls(ort, encoder.result(), decoder.result(), manifest)
+            decoder = pool.submit(open_session, ort, folder / graph, files, provider, threads, rests=False)
+        return cls(ort, encoder.result(), decoder.result(), manifest, graph == COMPACT_DECODER, threads)
 
     def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Cross:
         """Encode one prompt of S tokens and project it to every decoder layer's cross-attention keys and values."""
@@ -151,6 +179,8 @@ class Model:
         """
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full: its capacity is {cache.capacity} tokens")
+        if cache.length and cache.rows <= FEW_ROWS:  # not sooner: nobody should wait for it before the first token
+            self.compact(cache)
         cache.token_ids[:, 0] = token_ids
         cache.past_lengths[:] = cache.length
         if cache.binding is None:
@@ -159,15 +189,26 @@ class Model:
         cache.length += 1
         return Logits.of(cache.logits, cache.top_values, cache.top_ids)
 
+    @property
+    def compacts(self) -> bool:
+        """Whether few samples read the prompt in int8."""
+        return self._unused is not None
+
+    def compact(self, cache: Cache) -> None:
+        """Keep the prompt of `cache` in int8 from now on, if the graph can read that."""
+        if self._unused and isinstance(cache.cross, Cross):
+            cache.cross, cache.binding = CompactCross.of(cache.cross, self._threads), None
+
     def _bind(self, cache: Cache) -> tuple[Any, Any]:
         """A binding of the decoder to the arrays of `cache`, and what must live as long as it."""
         binding = self._decoder.io_binding()
         past = [self._value(array) for array in cache.past]
+        cross = cache.cross if isinstance(cache.cross, Cross) else Cross.empty(self.dims, 0)
         inputs = [
             (TOKEN_IDS, self._value(cache.token_ids)),
             (PAST_LENGTHS, self._value(cache.past_lengths)),
             (TOP_K, self._value(np.array([cache.candidates], np.int64))),
-            *zip(self._cross, map(self._value, cache.cross.arrays), strict=True),
+            *zip(self._cross, map(self._value, cross.arrays), strict=True),
             *zip(self._past, past, strict=True),
         ]
         outputs = [
@@ -176,6 +217,17 @@ class Model:
             (TOP_IDS, self._value(cache.top_ids)),
             *zip(self._present, past, strict=True),
         ]
+        if self._unused:
+            in_int8 = isinstance(cache.cross, CompactCross)
+            compact = cache.cross if isinstance(cache.cross, CompactCross) else self._unused
+            arrays = [self._value(array) for array in compact.arrays]
+            inputs += [
+                (FLOAT_ROWS, self._value(np.array([0 if in_int8 else cache.rows], np.int64))),
+                (COMPACT_ROWS, self._value(np.array([cache.rows if in_int8 else 1], np.int64))),  # no less than 1
+                (COMPACT_SCALES, self._value(compact.scales)),
+                *zip(self._compact, arrays, strict=True),
+            ]
+            outputs += zip(self._kept, arrays, strict=True)
         for name, value in inputs:
             binding.bind_ortvalue_input(name, value)
         for name, value in outputs:
@@ -185,6 +237,11 @@ class Model:
     def _value(self, array: npt.NDArray[Any]) -> Any:
         """An OrtValue on the array's own memory: what the graph writes is in the array, and the other way round."""
         return self._ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def decoder_graph(ort: Any, manifest: Manifest) -> str:
+    """Which of a folder's decoder graphs this onnxruntime can run: the compact one if there is one and it can."""
+    return COMPACT_DECODER if COMPACT_DECODER in manifest.files and ort.__version__ in COMPACT_RUNTIMES else DECODER
 
 
 def _run(session: Any, binding: Any, options: Any = None) -> None:

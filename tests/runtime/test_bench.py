@@ -13,7 +13,7 @@ import pytest
 from ramekin import Engine
 from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
-from ramekin.manifest import FileRecord, Manifest
+from ramekin.manifest import COMPACT_DECODER, FileRecord, Manifest
 from tests.runtime.conftest import TINY_MODEL
 from tests.runtime.test_cli import run as command
 
@@ -59,6 +59,9 @@ def test_the_least_work_of_flan_t5_large(engine: Engine) -> None:
     memory = Ceiling(bandwidth=1.0, int8=math.inf, float32=math.inf)
     shared, own = 2 * 24 * 900 * 1024 * 4, 2 * 24 * 50 * 1024 * 4
     assert Work(manifest, 900, 16, 100).step_s(memory) == 385_000_000 + shared + 16 * own
+    compact = replace(manifest, files={**manifest.files, COMPACT_DECODER: FileRecord(bytes=1, sha256="")})
+    for n, prompt in ((1, shared / 4), (2, shared / 4), (3, shared)):  # few samples read it in int8
+        assert Work(compact, 900, n, 100).step_s(memory) == 385_000_000 + prompt + n * own
 
 
 def _large(manifest: Manifest) -> Manifest:
