@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from benchmarks.naive import Int8PerTensor, NearestPerBlock
 from ramekin import Engine, SamplingParams
-from ramekin.model import Model
 from ramekin_export.pipeline import export
 from ramekin_export.recipe import RECIPES, Int8Normed, Int8PerToken, Int8TwoBytes, Layers, PerBlock, Recipe
 from ramekin_export.verify import Checks
@@ -49,8 +48,7 @@ class Ramekin:
         model, start = self.engine.model, self.engine.manifest.tokens.start
         longest = max(map(len, targets))
         cache = model.new_cache(model.prefill(source), len(targets), longest, 1)
-        if isinstance(model, Model):
-            model.compact(cache)  # the prompt in int8 if the recipe has that, though only few samples get it
+        model.compact(cache)  # the prompt in int8 if the recipe has that, though only few samples get it
         fed = np.full((len(targets), longest), start)
         for row, target in zip(fed, targets, strict=True):
             row[1 : len(target)] = target[:-1]

@@ -16,9 +16,10 @@ from safetensors.numpy import load_file, save_file
 from benchmarks.random_checkpoint import FLAN, write_checkpoint
 from examples.synthetic import make_paper
 from ramekin_export.pipeline import export
+from ramekin_export.verify import Checks
 
 MODEL = Path(__file__).parent / "runtime" / "model"
-CUDA_MODEL = MODEL.with_name("cuda_model")
+CUDA_MODEL, INT8_MODEL = MODEL.with_name("cuda_model"), MODEL.with_name("int8_model")
 TINY = {
     **FLAN,
     "vocab_size": 512,
@@ -59,6 +60,7 @@ def main() -> None:
         save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
         export(str(checkpoint), MODEL, "fp32", force=True)
         export(str(checkpoint), CUDA_MODEL, "fp32-cuda", force=True)
+        export(str(checkpoint), INT8_MODEL, "int8", force=True, checks=Checks(verify=False))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from benchmarks.engines import Clock
 from benchmarks.engines.ours import Ours
 from ramekin.cache import Cache, Cross
 from ramekin.manifest import DECODER, Manifest, cross_names
-from ramekin.model import Model
 from ramekin.session import onnxruntime, open_session
 
 _UNSHARED = "decoder.unshared.onnx"
@@ -37,7 +36,8 @@ class Levers(Ours):
         self._engine.manifest = replace(self._engine.manifest, max_source_tokens=1 << 16)
         model: Any = self._engine.model
         if not self._shared:
-            model = _unshared(folder, self._engine.manifest, threads, model._encoder)
+            assert not model.compacts  # nor does float32: its decoder can be put in another's place
+            model._decoder = _unshared(folder, self._engine.manifest, threads)
         self._engine.model = _Slow(model, self._shared, self._in_place)  # type: ignore[assignment]
 
     def run(self, prompt: Sequence[int], lengths: Sequence[int], clock: Clock) -> None:
@@ -70,8 +70,8 @@ class _Slow:
         return self._model.step(token_ids, cache)
 
 
-def _unshared(folder: Path, manifest: Manifest, threads: int, encoder: Any) -> Model:
-    """The model with a decoder that has keys and values of the prompt for each sample."""
+def _unshared(folder: Path, manifest: Manifest, threads: int) -> Any:
+    """The decoder, with keys and values of the prompt for each sample."""
     import onnx
     from onnx import numpy_helper
 
@@ -84,9 +84,8 @@ def _unshared(folder: Path, manifest: Manifest, threads: int, encoder: Any) -> M
         if value.name in cross_names(manifest.dims.decoder_layers):
             value.type.tensor_type.shape.dim[0].dim_param = "n"
     (folder / _UNSHARED).write_bytes(graph.SerializeToString())
-    ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
-    decoder = open_session(ort, folder / _UNSHARED, files, "cpu", threads, rests=False)
-    return Model(ort, encoder, decoder, manifest)
+    files = frozenset(manifest.files)
+    return open_session(onnxruntime(manifest.onnxruntime), folder / _UNSHARED, files, "cpu", threads, rests=False)
 
 
 def make(**settings: Any) -> Levers:

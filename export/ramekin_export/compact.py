@@ -61,6 +61,7 @@ def build_compact(decoder: GraphBuilder, dims: Dims) -> GraphBuilder:
             g.node("Slice", [g.node("Concat", both, f"{at}.both", axis=0), first, samples], f"{at}.heads")
         else:
             g.add(node)
+    assert queries.keys() == places.keys()
     return g
 
 

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from ramekin.cache import Floats
 from ramekin.engine import Engine
-from ramekin.model import Model
 from ramekin.sampling import SamplingParams, choose, uniforms
 
 SAMPLING = SamplingParams(n=8, max_new_tokens=48, seed=0)
@@ -99,8 +98,8 @@ def compare(
 ) -> list[Doubles]:
     """For each prompt let the reference write `params.n` samples, and compare both models' predictions at every step.
 
-    Both models have to be in memory; nothing is kept but four numbers for each token. A model that keeps prompts in int8 for
-    few samples does so here for all.
+    Both models have to be in memory; nothing is kept but four numbers for each token. Half of the
+    steps are computed as many samples do, the other half as few, which read the prompt in int8 if the model can.
 
     Args:
         reference: the float32 model.
@@ -119,12 +118,12 @@ def compare(
             engine.model.new_cache(engine.model.prefill(ids), params.n, params.max_new_tokens, params.candidates)
             for engine in (reference, model)
         ]
-        if isinstance(model.model, Model):
-            model.model.compact(caches[1])  # as few samples would have it, which is further from float32
         draws = uniforms((params.seed or 0) + number, params.n, params.max_new_tokens)
         histories = [[reference.manifest.tokens.start] for _ in range(params.n)]
         alive, rows = np.ones(params.n, bool), []
         for step in range(params.max_new_tokens):
+            if step == params.max_new_tokens // 2:
+                model.model.compact(caches[1])
             last = [history[-1] for history in histories]
             wanted = reference.model.step(last, caches[0])
             given = model.model.step(last, caches[1])

@@ -12,6 +12,7 @@ from ramekin import golden
 from ramekin.engine import Engine
 from ramekin.errors import RuntimeVersionError, VerificationError
 from ramekin.manifest import DEFAULT_PROMPT, Manifest, VersionRange
+from ramekin.model import COMPACT_RUNTIMES
 from ramekin.paper import check_prompt
 from ramekin.provider import cuda_problem
 from ramekin.quality import check
@@ -67,6 +68,8 @@ def export(
         raise FileExistsError(f"{out}: is or holds the checkpoint itself; export to another folder")
     check_target(out, force)
     recipe, runs = PRECISIONS[precision], _runs_here(VersionRange())
+    if isinstance(recipe, Recipe) and runs and not _runs_here(COMPACT_RUNTIMES):
+        recipe = replace(recipe, compact=False)  # nothing is written that could not be looked at
     seen, judged = checks.calibration_papers(), checks.verification_papers()
     writer = Writer(Checkpoint.open(source, revision), prompt)
     with whole_or_not_at_all(out, force) as folder:

@@ -15,6 +15,8 @@ from ramekin.manifest import Dims, cross_shapes
 Floats = npt.NDArray[np.float32]
 FEW_ROWS = 2
 """So many samples read the prompt in int8: they wait for memory. More wait for arithmetic, of which int8 costs more."""
+WORTH_STEPS = 32
+"""For fewer steps the prompt is left as it is: rounding it takes as long as 16 of them gain, and samples may end early."""
 _LEAST = np.float32(1e-30)  # of a channel that is zero everywhere
 
 
@@ -67,11 +69,12 @@ class CompactCross:
 def _rounded(heads: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     """Keys or values `(heads, source, head_dim)` in int8, and scales `(heads, 1, head_dim)`; one head fits a cache."""
     small, scales = np.empty(heads.shape, np.int8), np.empty((len(heads), 1, heads.shape[2]), np.float32)
-    for head, rounded, scale in zip(heads, small, scales, strict=True):
-        sizes = np.abs(head)
-        scale[0] = np.maximum(sizes.max(axis=0), _LEAST) / 127
-        np.multiply(head, 1 / scale, out=sizes)
-        rounded[:] = np.rint(sizes, out=sizes)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is told by whoever looks at the logits
+        for head, rounded, scale in zip(heads, small, scales, strict=True):
+            sizes = np.abs(head)
+            scale[0] = np.maximum(sizes.max(axis=0), _LEAST) / 127
+            np.multiply(head, 1 / scale, out=sizes)
+            rounded[:] = np.rint(sizes, out=sizes)
     return small, scales
 
 

@@ -47,7 +47,8 @@ class Work:
     """What one job has to compute and to read, at the least.
 
     A prompt of S tokens is encoded once, and projected once to the keys and values of every decoder layer. A step reads the
-    decoder's weights and the prompt's keys and values once, for all n samples, and each sample's own.
+    decoder's weights and the prompt's keys and values once, for all n samples, and each sample's own. That is with an
+    onnxruntime that can read the prompt of few samples in int8.
     """
 
     manifest: Manifest
@@ -84,7 +85,9 @@ class Work:
     def cached_bytes(self, position: int) -> int:
         """Bytes of keys and values: the prompt's, once (in int8 for few samples), and n samples' of `position` tokens."""
         dims = self.manifest.dims
-        compact = COMPACT_DECODER in self.manifest.files and self.n <= FEW_ROWS
+        compact = (
+            COMPACT_DECODER in self.manifest.files and self.n <= FEW_ROWS and position > 0
+        )  # the first step reads floats
         return 2 * dims.decoder_layers * _inner(dims) * ((1 if compact else 4) * self.source + 4 * self.n * position)
 
     def _forward(self, dims: Dims) -> int:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from ramekin.cache import FEW_ROWS, Floats
+from ramekin.cache import Floats
 from ramekin.engine import Engine
 from ramekin.errors import ModelFormatError, VerificationError
-from ramekin.model import Model
 from ramekin.sampling import log_probabilities
 
 SOURCE_TOKENS, TARGET_TOKENS = 48, 8
+_FLOATS, _INT8 = "logprobs", "few_logprobs"  # how the prompt is read
 # Largest difference of a log-probability that counts as rounding. Kernels of different processors differ in the last bit,
 # and rounding activations to 8 bits makes more of it.
 TOLERANCE = {"fp32": 2e-3, "fp32-cuda": 2e-3}
@@ -23,12 +23,14 @@ QUANTIZED_TOLERANCE = 0.5
 def record(engine: Engine) -> dict[str, Any]:
     """Run fixed token ids through a fresh model; what `check` compares with.
 
-    Where few samples read the prompt in int8 both is recorded: older versions of onnxruntime can only repeat the other.
+    Where few samples read the prompt in int8 both is recorded, since an older onnxruntime can repeat only the other.
     """
     source = [i % engine.manifest.dims.vocab_size for i in range(3, 3 + 7 * SOURCE_TOKENS, 7)]
     target = [i % engine.manifest.dims.vocab_size for i in range(5, 5 + 11 * TARGET_TOKENS, 11)]
-    few = {"few_logprobs": _plain(engine.score(source, target))} if _compacts(engine) else {}
-    return {"source_ids": source, "target_ids": target, "logprobs": _plain(_score(engine, source, target, bool(few))), **few}
+    found = {
+        name: _score(engine, source, target, name) for name in (_FLOATS, _INT8) if name == _FLOATS or engine.model.compacts
+    }
+    return {"source_ids": source, "target_ids": target, **{name: row.tolist() for name, row in found.items()}}
 
 
 def check(engine: Engine, golden: Mapping[str, Any]) -> float:
@@ -38,13 +40,10 @@ def check(engine: Engine, golden: Mapping[str, Any]) -> float:
         ModelFormatError: the manifest has no golden run, or a broken one.
         VerificationError: the difference is more than rounding.
     """
+    names = [_FLOATS, _INT8] if engine.model.compacts and _INT8 in golden else [_FLOATS]
     try:
-        source, target, many = golden["source_ids"], golden["target_ids"], "few_logprobs" in golden
-        expected = [np.asarray(golden["logprobs"], np.float32)]
-        found = [_score(engine, source, target, many)]
-        if many and _compacts(engine):
-            expected.append(np.asarray(golden["few_logprobs"], np.float32))
-            found.append(engine.score(source, target))
+        expected = [np.asarray(golden[name], np.float32) for name in names]
+        found = [_score(engine, golden["source_ids"], golden["target_ids"], name) for name in names]
         difference = float(np.abs(np.subtract(found, expected)).max())
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ModelFormatError(f"the manifest has no usable golden run ({error}); export the model again") from None
@@ -57,19 +56,5 @@ def check(engine: Engine, golden: Mapping[str, Any]) -> float:
     return difference
 
 
-def _compacts(engine: Engine) -> bool:
-    return isinstance(engine.model, Model) and engine.model.compacts
-
-
-def _score(engine: Engine, source: Sequence[int], target: Sequence[int], many: bool) -> Floats:
-    """What `Engine.score` gives, or what each of so many samples would that they read the prompt in floats."""
-    if not many:
-        return engine.score(source, target)
-    rows, ids = FEW_ROWS + 1, np.asarray(target, np.int64)
-    cache = engine.model.new_cache(engine.model.prefill(engine.source_ids(source)), rows, len(ids), 1)
-    fed = [engine.manifest.tokens.start, *ids[:-1].tolist()]
-    return log_probabilities(np.stack([engine.model.step([token] * rows, cache).full[0].copy() for token in fed]), ids)
-
-
-def _plain(logprobs: Floats) -> list[float]:
-    return [float(each) for each in logprobs]
+def _score(engine: Engine, source: Sequence[int], target: Sequence[int], name: str) -> Floats:
+    return log_probabilities(engine.logits(source, target, compact=name == _INT8), np.asarray(target, np.int64))

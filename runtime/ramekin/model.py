@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ramekin.cache import FEW_ROWS, Cache, CompactCross, Cross, Floats
+from ramekin.cache import Cache, CompactCross, Cross, Floats
 from ramekin.errors import ModelFormatError
 from ramekin.manifest import (
     COMPACT_DECODER,
@@ -81,16 +81,21 @@ class Steps(Protocol):
     Attributes:
         dims: sizes of the network.
         prompts_at_once: how many prompts `prefill` takes.
+        compacts: whether `compact` does anything.
     """
 
     dims: Dims
     prompts_at_once: int
+    compacts: bool
 
     def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Any:
         """Encode prompts, token ids each."""
 
     def new_cache(self, cross: Any, rows: int, capacity: int, candidates: int) -> Any:
         """An empty cache, with `length` and `keep` as those of `Cache`; the rows of each prompt stand side by side."""
+
+    def compact(self, cache: Any) -> None:
+        """Keep the prompt of a cache in int8 from now on, if the model can read that."""
 
     def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: Any) -> Logits:
         """Feed one token to each sample."""
@@ -116,7 +121,7 @@ class Model:
         """
         self.dims = manifest.dims
         self._ort, self._encoder, self._decoder, self._threads = ort, encoder, decoder, threads
-        self._unused = CompactCross.unused(self.dims) if compact else None
+        self.compacts, self._unused = compact, CompactCross.unused(self.dims)
         layers = self.dims.decoder_layers
         self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
         self._compact, self._kept = (compact_names(layers), kept_names(layers)) if compact else ([], [])
@@ -179,8 +184,6 @@ class Model:
         """
         if cache.length >= cache.capacity:
             raise ValueError(f"the cache is full: its capacity is {cache.capacity} tokens")
-        if cache.length and cache.rows <= FEW_ROWS:  # not sooner: nobody should wait for it before the first token
-            self.compact(cache)
         cache.token_ids[:, 0] = token_ids
         cache.past_lengths[:] = cache.length
         if cache.binding is None:
@@ -189,21 +192,23 @@ class Model:
         cache.length += 1
         return Logits.of(cache.logits, cache.top_values, cache.top_ids)
 
-    @property
-    def compacts(self) -> bool:
-        """Whether few samples read the prompt in int8."""
-        return self._unused is not None
-
     def compact(self, cache: Cache) -> None:
-        """Keep the prompt of `cache` in int8 from now on, if the graph can read that."""
-        if self._unused and isinstance(cache.cross, Cross):
-            cache.cross, cache.binding = CompactCross.of(cache.cross, self._threads), None
+        """Keep the prompt of `cache` in int8 from now on, if the graph can read that.
+
+        It cannot where there are more rows than tokens of the prompt. Rounding takes as long as 16 steps of one sample gain.
+        """
+        cross = cache.cross
+        if self.compacts and isinstance(cross, Cross) and cross.arrays[0].shape[2] >= cache.rows:
+            cache.cross, cache.binding = CompactCross.of(cross, self._threads), None
 
     def _bind(self, cache: Cache) -> tuple[Any, Any]:
         """A binding of the decoder to the arrays of `cache`, and what must live as long as it."""
         binding = self._decoder.io_binding()
         past = [self._value(array) for array in cache.past]
-        cross = cache.cross if isinstance(cache.cross, Cross) else Cross.empty(self.dims, 0)
+        if isinstance(cache.cross, Cross):
+            cross, compact, counts = cache.cross, self._unused, (cache.rows, 1)  # no less than 1
+        else:
+            cross, compact, counts = Cross.empty(self.dims, 0), cache.cross, (0, cache.rows)
         inputs = [
             (TOKEN_IDS, self._value(cache.token_ids)),
             (PAST_LENGTHS, self._value(cache.past_lengths)),
@@ -217,13 +222,11 @@ class Model:
             (TOP_IDS, self._value(cache.top_ids)),
             *zip(self._present, past, strict=True),
         ]
-        if self._unused:
-            in_int8 = isinstance(cache.cross, CompactCross)
-            compact = cache.cross if isinstance(cache.cross, CompactCross) else self._unused
+        if self.compacts:
             arrays = [self._value(array) for array in compact.arrays]
             inputs += [
-                (FLOAT_ROWS, self._value(np.array([0 if in_int8 else cache.rows], np.int64))),
-                (COMPACT_ROWS, self._value(np.array([cache.rows if in_int8 else 1], np.int64))),  # no less than 1
+                (FLOAT_ROWS, self._value(np.array(counts[:1], np.int64))),
+                (COMPACT_ROWS, self._value(np.array(counts[1:], np.int64))),
                 (COMPACT_SCALES, self._value(compact.scales)),
                 *zip(self._compact, arrays, strict=True),
             ]

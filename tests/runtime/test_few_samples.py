@@ -1,0 +1,51 @@
+"""One or two samples read the prompt in int8, where neither torch nor onnx can be imported too."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from ramekin import Engine, ModelFormatError, SamplingParams, golden
+from ramekin.manifest import COMPACT_DECODER
+from ramekin.model import COMPACT_RUNTIMES
+from tests.runtime.conftest import INT8_MODEL
+
+SOURCE = np.random.default_rng(0).integers(3, 400, 60)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(INT8_MODEL, threads=2)
+
+
+def test_the_golden_run_repeats(engine: Engine) -> None:
+    assert engine.model.compacts == (onnxruntime.__version__ in COMPACT_RUNTIMES)
+    assert golden.check(engine, engine.manifest.golden) < 0.1
+
+
+def test_int8_is_near_to_floats_and_not_the_same(engine: Engine) -> None:
+    target = np.random.default_rng(1).integers(3, 400, 30)
+    difference = np.abs(engine.logits(SOURCE, target) - engine.logits(SOURCE, target, compact=True)).max()
+    assert 0 < difference < 0.2 if engine.model.compacts else difference == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_samples_of_full_length(engine: Engine, n: int) -> None:
+    params = SamplingParams(n=n, max_new_tokens=50, min_new_tokens=50, seed=3)
+    for source in (SOURCE[:1], SOURCE):
+        assert [len(sample.token_ids) for sample in engine.generate(source, params)] == [50] * n
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage", None])
+def test_a_damaged_graph_is_found_out(damage: bytes | None, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(INT8_MODEL, tmp_path / "model"))
+    if damage is None:
+        (folder / COMPACT_DECODER).unlink()
+    else:
+        (folder / COMPACT_DECODER).write_bytes(damage)
+    with pytest.raises(ModelFormatError, match=rf"{COMPACT_DECODER}: .*(missing|instead of).*export"):
+        Engine.load(folder)
