@@ -121,7 +121,6 @@ class Model:
         """
         self.dims = manifest.dims
         self._ort, self._encoder, self._decoder, self._threads = ort, encoder, decoder, threads
-        self.compacts, self._unused = compact, CompactCross.unused(self.dims)
         layers = self.dims.decoder_layers
         self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
         self._compact, self._kept = (compact_names(layers), kept_names(layers)) if compact else ([], [])
@@ -139,6 +138,7 @@ class Model:
         check_tensors(ENCODER, encoder.get_outputs(), crossed)
         check_tensors(graph, decoder.get_inputs(), {**small, **more, **cached, **crossed})
         check_tensors(graph, decoder.get_outputs(), {**ranked, **written})
+        self.compacts, self._unused = compact, CompactCross.unused(self.dims)  # of sizes that graphs and manifest agree on
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, provider: str, threads: int) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,4 +49,13 @@ def test_a_damaged_graph_is_found_out(damage: bytes | None, tmp_path: Path) -> N
     else:
         (folder / COMPACT_DECODER).write_bytes(damage)
     with pytest.raises(ModelFormatError, match=rf"{COMPACT_DECODER}: .*(missing|instead of).*export"):
+        Engine.load(folder)
+
+
+def test_sizes_that_no_memory_holds_are_refused_first(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(INT8_MODEL, tmp_path / "model"))
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["dims"].update(num_heads=2**31 - 1, head_dim=2**31 - 1)
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelFormatError, match=r"has shape .*but the manifest says"):
         Engine.load(folder)
