@@ -237,7 +237,7 @@ PREDICTORS: Mapping[str, Make] = {
     "int8, one scale for all tokens": _ours(replace(_INT8, encoder=Layers(Int8Normed(), Int8PerTensor()))),
     "int8, o and wo in blocks of 128": _ours(replace(_INT8, decoder=Layers(Int8Normed(), PerBlock(8)))),
     "int8, pairs that saturate": _ours(_SATURATING),
-    "int8, prompt in floats": _ours(replace(_INT8, compact=False)),
+    "int8, keys and values in floats": _ours(replace(_INT8, compact=False)),
     "int8, head in blocks of 32": _ours(replace(_INT8, head=PerBlock(8, block=32))),
     "int8, naive": _ours(_NAIVE),
     "int4": _ours(_INT4, "int4"),
@@ -247,7 +247,7 @@ PREDICTORS: Mapping[str, Make] = {
     "int4, rounded to nearest": _ours(
         replace(_INT4, decoder=Layers.alike(NearestPerBlock(4, block=256)), calibrated=False), "int4"
     ),
-    "int4, prompt in floats": _ours(replace(_INT4, compact=False), "int4"),
+    "int4, keys and values in floats": _ours(replace(_INT4, compact=False), "int4"),
     "int4, blocks of 128": _ours(replace(_INT4, decoder=Layers.alike(PerBlock(4))), "int4"),
     "int4, naive": _ours(replace(_NAIVE, decoder=Layers.alike(NearestPerBlock(4)), head=NearestPerBlock(4)), "int4"),
     "bitsandbytes nf4": _torch(_bitsandbytes("nf4")),

@@ -59,7 +59,9 @@ def export_options(command: Command) -> Command:
             click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]"),
             click.option("--force", is_flag=True, help="Replace OUT if it is there."),
             click.option(
-                "--calibrate", type=_PAPERS, help="Up to 32 papers to round int4 weights for.  [default: an invented one]"
+                "--calibrate",
+                type=_PAPERS,
+                help="Up to 32 papers: int4 weights are rounded, int8 caches scaled for them.  [default: an invented one]",
             ),
             click.option(
                 "--papers", type=_PAPERS, help="Up to 32 papers to judge the model on.  [default: another invented one]"

@@ -47,7 +47,7 @@ def build_decoder(
     x, new = g.node("Gather", [g.tensor(embedding), ids], "decoder.embedded"), ""
     for i in range(dims.decoder_layers):
         block, pair = f"decoder.block.{i}", slice(2 * i, 2 * i + 2)
-        at = f"{block}.layer.0.SelfAttention"
+        at = self_attention_at(i)
         gain = c.tensor(f"{block}.layer.0.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.0.layer_norm", gain)
         qkv = np.concatenate([c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "qkv")])
@@ -82,6 +82,11 @@ def build_decoder(
     for name in present:
         g.output(name, np.float32, cache)
     return g
+
+
+def self_attention_at(layer: int) -> str:
+    """The name of a layer's attention to the tokens so far; what it makes of them is `.heads`."""
+    return f"decoder.block.{layer}.layer.0.SelfAttention"
 
 
 def cross_attention_at(layer: int) -> str:

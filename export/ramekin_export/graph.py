@@ -77,21 +77,32 @@ class WeightFile:
 class GraphBuilder:
     """One graph in the making. Every value is called after the node that computes it."""
 
-    def __init__(self, name: str, weights: WeightFile, opset: int = OPSET) -> None:
+    def __init__(self, name: str, weights: WeightFile | None, opset: int = OPSET) -> None:
         self._name, self._weights, self._opset = name, weights, opset
         self._nodes: list[onnx.NodeProto] = []
-        self._inputs: list[onnx.ValueInfoProto] = []
-        self._outputs: list[onnx.ValueInfoProto] = []
+        self._inputs: dict[str, onnx.ValueInfoProto] = {}
+        self._outputs: dict[str, onnx.ValueInfoProto] = {}
         self._initializers: dict[str, TensorProto] = {}
 
+    @classmethod
+    def read(cls, path: Path) -> tuple[GraphBuilder, list[onnx.NodeProto]]:
+        """A graph with inputs, outputs and weights of a file but no nodes yet, and the file's nodes, to be added to it."""
+        model = onnx.load(path, load_external_data=False)
+        opset = next(each.version for each in model.opset_import if not each.domain)
+        g = cls(model.graph.name, None, opset)
+        g._inputs = {each.name: each for each in model.graph.input}
+        g._outputs = {each.name: each for each in model.graph.output}
+        g._initializers = {each.name: each for each in model.graph.initializer}
+        return g, list(model.graph.node)
+
     def input(self, name: str, dtype: npt.DTypeLike, shape: Shape) -> str:
-        """Declare an input."""
-        self._inputs.append(helper.make_tensor_value_info(name, element_type(dtype), list(shape)))
+        """Declare an input, or declare it anew."""
+        self._inputs[name] = helper.make_tensor_value_info(name, element_type(dtype), list(shape))
         return name
 
     def output(self, name: str, dtype: npt.DTypeLike, shape: Shape) -> None:
-        """Declare that the value `name` is an output."""
-        self._outputs.append(helper.make_tensor_value_info(name, element_type(dtype), list(shape)))
+        """Declare that the value `name` is an output, or declare it anew."""
+        self._outputs[name] = helper.make_tensor_value_info(name, element_type(dtype), list(shape))
 
     def constant(self, name: str, value: npt.ArrayLike, dtype: type = np.int64) -> str:
         """A small constant inside the `.onnx` file; asking twice gives the same one."""
@@ -101,6 +112,8 @@ class GraphBuilder:
 
     def weight(self, name: str, array: npt.NDArray[Any], parameters: int | None = None) -> str:
         """A weight in the graph's external file; `parameters` of the checkpoint are in it (None: its own size)."""
+        if not self._weights:
+            raise ValueError(f"{name}: a graph that was read has no file for weights")
         return self.tensor(self._weights.add(name, array, array.size if parameters is None else parameters))
 
     def tensor(self, tensor: TensorProto) -> str:
@@ -121,12 +134,6 @@ class GraphBuilder:
         )
         return list(outputs)
 
-    def rewritten(self) -> tuple[GraphBuilder, list[onnx.NodeProto]]:
-        """A graph with the same inputs, outputs and weights but no nodes yet, and this one's nodes, to be added to it."""
-        other = GraphBuilder(self._name, self._weights, self._opset)
-        other._inputs, other._outputs, other._initializers = [*self._inputs], [*self._outputs], {**self._initializers}
-        return other, list(self._nodes)
-
     def add(self, node: onnx.NodeProto) -> None:
         """Add a node of another graph."""
         self._nodes.append(node)
@@ -134,7 +141,11 @@ class GraphBuilder:
     def save(self, path: Path) -> None:
         """Write the `.onnx` file."""
         graph = helper.make_graph(
-            self._nodes, self._name, self._inputs, self._outputs, initializer=list(self._initializers.values())
+            self._nodes,
+            self._name,
+            list(self._inputs.values()),
+            list(self._outputs.values()),
+            initializer=list(self._initializers.values()),
         )
         opsets = [helper.make_opsetid("", self._opset), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSIONS[self._opset])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from ramekin import golden
 from ramekin.engine import Engine
-from ramekin.errors import RuntimeVersionError, VerificationError
+from ramekin.errors import RamekinError, RuntimeVersionError, VerificationError
 from ramekin.manifest import DEFAULT_PROMPT, Manifest, VersionRange
 from ramekin.model import COMPACT_RUNTIMES
 from ramekin.paper import check_prompt
@@ -19,7 +20,9 @@ from ramekin.quality import check
 from ramekin.session import onnxruntime
 from ramekin_export.calibrate import calibrate
 from ramekin_export.checkpoint import Checkpoint
+from ramekin_export.compact import add_compact
 from ramekin_export.formats import PRECISIONS
+from ramekin_export.kv_scales import measured_scales
 from ramekin_export.recipe import RECIPES, Recipe
 from ramekin_export.target import check_target, scratch, whole_or_not_at_all
 from ramekin_export.verify import Checks, judge
@@ -42,7 +45,7 @@ def export(
     """Turn a checkpoint into a model folder, whole or not at all.
 
     Calibration and verification run the model in float32, from a temporary folder beside `out`. Where onnxruntime is not
-    installed both are left out.
+    installed both are left out. So is the compact decoder where onnxruntime cannot run it: its scales are measured.
 
     Args:
         source: a folder as `save_pretrained` writes it, or a Hub id.
@@ -68,8 +71,8 @@ def export(
         raise FileExistsError(f"{out}: is or holds the checkpoint itself; export to another folder")
     check_target(out, force)
     recipe, runs = PRECISIONS[precision], _runs_here(VersionRange())
-    if isinstance(recipe, Recipe) and runs and not _runs_here(COMPACT_RUNTIMES):
-        recipe = replace(recipe, compact=False)  # nothing is written that could not be looked at
+    # Nothing is written that could not be looked at.
+    compact = isinstance(recipe, Recipe) and recipe.compact and _runs_here(COMPACT_RUNTIMES)
     seen, judged = checks.calibration_papers(), checks.verification_papers()
     writer = Writer(Checkpoint.open(source, revision), prompt)
     with whole_or_not_at_all(out, force) as folder:
@@ -80,10 +83,16 @@ def export(
                 recipe = recipe.rounded_by(calibrate(exact, seen, partial(progress, "calibrate")))
         manifest = writer.write(folder, precision, recipe, partial(progress, f"export {precision}"))
         recipe = PRECISIONS[precision]  # the moments, a gigabyte of a large model's, are done with
+        if compact:
+            manifest = replace(manifest, golden=golden.record(Engine.load(folder)))  # for an older onnxruntime
+            with suppress(RamekinError):  # it cannot write samples: verification tells of that
+                scales = measured_scales(folder, seen, partial(progress, "measure keys, values"))
+                manifest = add_compact(folder, manifest, scales)
+            save(folder, manifest)
         able = _runs_here(manifest.onnxruntime)  # graphs for CUDA need a newer one
         here = able and "cpu" in manifest.providers
         if runs and here:
-            manifest = replace(manifest, golden=golden.record(Engine.load(folder)))
+            manifest = replace(manifest, golden={**manifest.golden, **golden.record(Engine.load(folder))})
         if runs and (not here or (recipe.quantized and checks.verify)):
             with scratch(out) as reference:
                 writer.write(reference, "fp32", RECIPES["fp32"], partial(progress, "prepare verification"))

@@ -195,7 +195,7 @@ class Recipe:
         rotated: rewrite the weights first, see `rotate`.
         folded: rewrite the weights first, see `fold`.
         calibrated: round the decoder's weights by what its layers see.
-        compact: let few samples read the prompt's keys and values in int8.
+        compact: add a decoder that keeps keys and values in int8, see `compact`; `Writer` alone does not.
         most_divergence: mean KL divergence from float32, in nats per token, beyond which an export fails.
     """
 

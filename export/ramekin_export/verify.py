@@ -39,7 +39,8 @@ class Checks:
     """What a quantized model is calibrated and verified with.
 
     Attributes:
-        calibrate: papers whose continuations the int4 weights are rounded for; None: an invented one of the package.
+        calibrate: papers whose continuations int4 weights are rounded for and caches scaled by; None: an invented one of the
+            package.
         papers: papers that the model is judged on; None: another invented one.
         verify: compare with float32 at all.
         allow_quality_loss: keep a model that is too far from float32.

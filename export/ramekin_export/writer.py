@@ -9,9 +9,8 @@ from typing import Any
 
 import ramekin
 from ramekin.config_files import generation_defaults
-from ramekin.manifest import COMPACT_DECODER, DECODER, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest, VersionRange
+from ramekin.manifest import DECODER, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest, VersionRange
 from ramekin_export.checkpoint import Checkpoint
-from ramekin_export.compact import build_compact
 from ramekin_export.config import T5Config
 from ramekin_export.cuda_decoder import build_cuda_decoder
 from ramekin_export.cuda_encoder import build_cuda_encoder
@@ -96,8 +95,6 @@ class Writer:
         with WeightFile(folder / "decoder.bin", advance) as file:
             if isinstance(recipe, Recipe):
                 decoder = build_decoder(weights, config, recipe, head, embedding, file)
-                if recipe.compact:
-                    build_compact(decoder, dims).save(folder / COMPACT_DECODER)
             else:
                 decoder = build_cuda_decoder(weights, config, recipe, head, embedding, file)
             decoder.save(folder / DECODER)

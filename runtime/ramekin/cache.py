@@ -13,10 +13,10 @@ import numpy.typing as npt
 from ramekin.manifest import Dims, cross_shapes
 
 Floats = npt.NDArray[np.float32]
-FEW_ROWS = 2
-"""So many samples read the prompt in int8: they wait for memory. More wait for arithmetic, of which int8 costs more."""
-WORTH_STEPS = 32
-"""For fewer steps the prompt is left as it is: rounding it takes as long as 16 of them gain, and samples may end early."""
+FEW_ROWS = 4
+"""So many samples may read the prompt in int8: they wait for memory. More wait for arithmetic, of which int8 costs more."""
+WORTH_STEPS = 24
+"""So many steps, times the number of samples, have to be left: rounding takes what 16 steps of one gain, or 40 of four."""
 _LEAST = np.float32(1e-30)  # of a channel that is zero everywhere
 
 
@@ -90,7 +90,7 @@ class Cache:
         length: how many positions are filled, the same for all rows.
         capacity: how many positions there are.
         candidates: how many of the largest logits are ranked for each row, k.
-        past: `2 * layers` arrays `(n, heads, capacity, head_dim)` float32.
+        past: `2 * layers` arrays `(n, heads, capacity, head_dim)`, float32 or int8.
         token_ids: the tokens to feed, `(n, 1)` int64.
         past_lengths: `length` for each row, `(n,)` int32.
         logits: of the next token, `(n, vocab)` float32.
@@ -99,14 +99,16 @@ class Cache:
         binding: the decoder's binding to these arrays; None when it has to be made anew.
     """
 
-    past: tuple[Floats, ...]
+    past: tuple[npt.NDArray[Any], ...]
     token_ids: npt.NDArray[np.int64]
     past_lengths: npt.NDArray[np.int32]
     logits: Floats
     top_values: Floats
     top_ids: npt.NDArray[np.int64]
 
-    def __init__(self, dims: Dims, cross: Cross, rows: int, capacity: int, candidates: int) -> None:
+    def __init__(
+        self, dims: Dims, cross: Cross, rows: int, capacity: int, candidates: int, stored: npt.DTypeLike = np.float32
+    ) -> None:
         self.cross: Cross | CompactCross = cross
         self.length, self.capacity, self.candidates = 0, capacity, candidates
         shape = (rows, dims.num_heads, capacity, dims.head_dim)
@@ -117,7 +119,7 @@ class Cache:
             "top_values": np.empty((rows, candidates), np.float32),
             "top_ids": np.empty((rows, candidates), np.int64),
         }
-        self._past = tuple(np.empty(shape, np.float32) for _ in range(2 * dims.decoder_layers))
+        self._past = tuple(np.empty(shape, stored) for _ in range(2 * dims.decoder_layers))
         self._resize(rows)
 
     def _resize(self, rows: int) -> None:

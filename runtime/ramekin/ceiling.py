@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ramekin.cache import FEW_ROWS
+from ramekin.cache import FEW_ROWS, WORTH_STEPS
 from ramekin.manifest import COMPACT_DECODER, Dims, Manifest, VersionRange
 from ramekin.session import onnxruntime
 
@@ -48,7 +48,7 @@ class Work:
 
     A prompt of S tokens is encoded once, and projected once to the keys and values of every decoder layer. A step reads the
     decoder's weights and the prompt's keys and values once, for all n samples, and each sample's own. That is with an
-    onnxruntime that can read the prompt of few samples in int8.
+    onnxruntime that can read keys and values in int8.
     """
 
     manifest: Manifest
@@ -83,12 +83,11 @@ class Work:
         return self.prefill_s(ceiling) + self.tokens * self.step_s(ceiling)
 
     def cached_bytes(self, position: int) -> int:
-        """Bytes of keys and values: the prompt's, once (in int8 for few samples), and n samples' of `position` tokens."""
-        dims = self.manifest.dims
-        compact = (
-            COMPACT_DECODER in self.manifest.files and self.n <= FEW_ROWS and position > 0
-        )  # the first step reads floats
-        return 2 * dims.decoder_layers * _inner(dims) * ((1 if compact else 4) * self.source + 4 * self.n * position)
+        """Bytes of keys and values: the prompt's, once, and n samples' of `position` tokens."""
+        dims, compact = self.manifest.dims, COMPACT_DECODER in self.manifest.files
+        few = compact and self.n <= FEW_ROWS and self.tokens > WORTH_STEPS * self.n  # else the prompt is read in floats
+        prompt, own = (1 if few else 4) * self.source, (1 if compact else 4) * self.n * position
+        return 2 * dims.decoder_layers * _inner(dims) * (prompt + own)
 
     def _forward(self, dims: Dims) -> int:
         return (2 if self.manifest.variant == "t5-v1.0" else 3) * dims.d_model * dims.d_ff

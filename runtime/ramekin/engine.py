@@ -121,8 +121,8 @@ class Engine:
         """Generate samples of one prompt, telling each token and, after its last token, each finished sample.
 
         Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic: in
-        int8 and int4, kernels for one row and for many differ in the last bit, and the last two samples that run read the
-        prompt's keys and values in int8, which now and then makes another token.
+        int8 and int4, kernels for one row and for many differ in the last bit, and the last four samples that run may read
+        the prompt's keys and values in int8, which now and then makes another token.
 
         Args:
             source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a warning.
@@ -178,8 +178,8 @@ class Engine:
             for i in range(params.n)
         ]
         while running:
-            left = params.max_new_tokens - cache.length
-            if cache.length and len(running) <= FEW_ROWS and left >= WORTH_STEPS:  # nobody waits longer for the first token
+            worth = params.max_new_tokens - cache.length >= WORTH_STEPS * len(running)
+            if cache.length and len(running) <= FEW_ROWS and worth:  # nobody waits longer for the first token
                 self.model.compact(cache)
             logits = self.model.step([sample.history[-1] for sample in running], cache)
             step_draws = draws[[sample.index for sample in running], cache.length - 1]
@@ -204,7 +204,7 @@ class Engine:
         Args:
             source: a prompt as text or as token ids.
             target_ids: the tokens whose predictions are asked for.
-            compact: read the prompt in int8, as one or two samples do, if the model can.
+            compact: read the prompt in int8, as few samples do, if the model can.
         """
         target = self._checked(target_ids)
         cache = self.model.new_cache(self.model.prefill(self.source_ids(source)), 1, len(target), 1)

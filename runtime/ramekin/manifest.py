@@ -20,7 +20,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes, and what ONNX Runtime calls it."""
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
 COMPACT_DECODER = "decoder_compact.onnx"
-"""The decoder once more, over the same weights: it also takes the prompt's keys and values in int8."""
+"""The decoder once more, over the same weights: it keeps keys and values in int8, and also takes the prompt's so."""
 
 DEFAULT_PROMPT = (
     "Generate Question, Answer pair correspond to the following research paper. "
@@ -32,8 +32,9 @@ DEFAULT_PROMPT = (
 # heads, head_dim, S). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32, top_k (1,) int64, past_key_i,
 # past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and top_ids (n, top_k),
 # present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32. The compact decoder graph
-# has these inputs besides: float_rows (1,) and compact_rows (1,) int64, compact_scales (2 * layers, heads, 1, head_dim),
-# compact_key_i, compact_value_i (1, heads, S, head_dim) int8; and outputs kept_key_i, kept_value_i, bound to compact_*.
+# has past_* and present_* in int8. It has these inputs besides: float_rows (1,) and compact_rows (1,) int64,
+# compact_scales (2 * layers, heads, 1, head_dim), compact_key_i, compact_value_i (1, heads, S, head_dim) int8; and outputs
+# kept_key_i, kept_value_i, bound to compact_*.
 INPUT_IDS = "input_ids"
 TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
 LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"

@@ -43,7 +43,7 @@ from ramekin.session import failure, onnxruntime, open_session
 Shapes = Mapping[str, tuple[int | None, ...]]
 _NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int8", "int32", "int64")}
 COMPACT_RUNTIMES = VersionRange(at_least="1.30.0")
-"""Versions of onnxruntime that have the operator of the compact decoder. Without it everything works, but slower."""
+"""Versions of onnxruntime that have the operator of the compact decoder. Others compute with floats, which is slower."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ class Model:
         check_tensors(ENCODER, encoder.get_outputs(), crossed)
         check_tensors(graph, decoder.get_inputs(), {**small, **more, **cached, **crossed})
         check_tensors(graph, decoder.get_outputs(), {**ranked, **written})
+        types = {each.name: each.type for each in decoder.get_inputs()}
+        self._stored = np.int8 if types[self._past[0]] == "tensor(int8)" else np.float32
         self.compacts, self._unused = compact, CompactCross.unused(self.dims)  # of sizes that graphs and manifest agree on
 
     @classmethod
@@ -173,7 +175,7 @@ class Model:
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
         """An empty cache for `rows` samples of at most `capacity` tokens; `candidates` is how many logits are ranked."""
-        return Cache(self.dims, cross, rows, capacity, min(candidates, self.dims.vocab_size))
+        return Cache(self.dims, cross, rows, capacity, min(candidates, self.dims.vocab_size), self._stored)
 
     def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: Cache) -> Logits:
         """Feed one token to each of the n samples of `cache`, which grows by one position.

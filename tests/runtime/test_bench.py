@@ -60,8 +60,9 @@ def test_the_least_work_of_flan_t5_large(engine: Engine) -> None:
     shared, own = 2 * 24 * 900 * 1024 * 4, 2 * 24 * 50 * 1024 * 4
     assert Work(manifest, 900, 16, 100).step_s(memory) == 385_000_000 + shared + 16 * own
     compact = replace(manifest, files={**manifest.files, COMPACT_DECODER: FileRecord(bytes=1, sha256="")})
-    for n, prompt in ((1, shared / 4), (2, shared / 4), (3, shared)):  # few samples read it in int8
-        assert Work(compact, 900, n, 100).step_s(memory) == 385_000_000 + prompt + n * own
+    for n, prompt in ((1, shared / 4), (4, shared / 4), (5, shared)):  # few samples read it in int8, all their own
+        assert Work(compact, 900, n, 100).step_s(memory) == 385_000_000 + prompt + n * own / 4
+    assert Work(compact, 900, 4, 96).step_s(memory) == 385_000_000 + shared + 4 * own / 4 * 48 / 50  # not worth it
 
 
 def _large(manifest: Manifest) -> Manifest:

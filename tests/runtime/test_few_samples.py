@@ -1,4 +1,4 @@
-"""One or two samples read the prompt in int8, where neither torch nor onnx can be imported too."""
+"""Keys and values in int8, where neither torch nor onnx can be imported too."""
 
 from __future__ import annotations
 
