@@ -1,6 +1,6 @@
 """Everything about one GPU in one call: is it right, is it fast, how far from the limit, how many papers an hour.
 
-    pip install '.[gpu,export]' torch 'transformers<5' bitsandbytes accelerate
+    pip install '.[gpu,export]' torch 'transformers<4.58' bitsandbytes accelerate optimum-onnx
     python -m benchmarks.cuda --tokenizer spiece.model --out results.json [--shape flan-t5-large]
 
 Writes JSON after each part, so that a run that is cut keeps what it has. `--provider cpu` runs the float32 graphs and the peers
@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +40,8 @@ JOB = Job(n=16, source=900, tokens=100)
 SAMPLED = SamplingParams(n=4, max_new_tokens=30, seed=7)
 TARGET, PAPERS, REPEAT = 24, 64, 3
 PEERS = ("bfloat16", "fp4", "nf4")
+PARTS = ("logits", "samples", "nodes", "memory", "times", "one_sample", "limit", "throughput", "optimum")
+Run = Callable[[Job], Timing]
 
 
 class Suite:
@@ -51,12 +58,16 @@ class Suite:
         """What can be computed there."""
         return ["bf16", "fp16", "fp32-cuda"] if self._provider == "cuda" else ["fp32-cuda"]
 
+    def exports(self) -> dict[str, float]:
+        """All models that the other parts need, several at a time; the seconds that each took."""
+        wanted = [*self.precisions, "fp32"]
+        with ProcessPoolExecutor(max(1, min(len(wanted), (os.cpu_count() or 1) // 2)), get_context("spawn")) as pool:
+            made = pool.map(_export, [self._checkpoint] * len(wanted), [self._folder / each for each in wanted])
+        return dict(zip(wanted, made, strict=True))
+
     def ours(self, precision: str, provider: str) -> Engine:
-        """An engine of ours; exported once."""
-        folder = self._folder / precision
-        if not folder.exists():
-            export(str(self._checkpoint), folder, precision, checks=Checks(verify=False))
-        return Engine.load(folder, provider)
+        """An engine of ours."""
+        return Engine.load(self._folder / precision, provider)
 
     def peer(self, kind: str) -> Any:
         """A model of transformers: float32, bfloat16, fp4 or nf4."""
@@ -109,26 +120,50 @@ class Suite:
         return counts
 
     def times(self) -> dict[str, Any]:
-        """The job with every engine, medians; the first run of each is not counted."""
-        found: dict[str, Any] = {}
-        for precision in self.precisions:
-            engine = self.ours(precision, self._provider)
-            found[f"ramekin {precision}"] = _median(lambda engine=engine: run_ours(engine, self._job))
-        for kind in PEERS:
-            model = self.peer(kind)
-            found[f"transformers {kind}"] = _median(lambda model=model: self._run_peer(model))
-            del model
-        best = min((name for name in found if name.startswith("ramekin")), key=lambda name: found[name]["job_s"])
-        found["times as fast"] = {
-            name: row["job_s"] / found[best]["job_s"] for name, row in found.items() if name.startswith("transformers")
+        """The job with ours and PyTorch's models."""
+        runs = {f"ramekin {each}": self._ours(each) for each in self.precisions}
+        return self._in_turn({**runs, **{f"transformers {kind}": self._peers(kind) for kind in PEERS}}, self._job)
+
+    def one_sample(self) -> dict[str, Any]:
+        """The same with a single sample, for those that matter most."""
+        peers = {f"transformers {kind}": self._peers(kind) for kind in PEERS[:2]}
+        best = self.precisions[0]
+        return self._in_turn({f"ramekin {best}": self._ours(best), **peers}, replace(self._job, n=1))
+
+    def optimum(self) -> dict[str, Any]:
+        """The job with optimum's own export, in float32 as it comes."""
+        from optimum.onnxruntime import ORTModelForSeq2SeqLM
+
+        provider = PROVIDERS[self._provider]
+        model = ORTModelForSeq2SeqLM.from_pretrained(self._checkpoint, export=True, provider=provider, use_io_binding=True)
+        best = self.precisions[0]
+        runs = {f"ramekin {best}": self._ours(best), "optimum float32": partial(self._run_peer, model)}
+        return self._in_turn(runs, self._job)
+
+    def _in_turn(self, runs: Mapping[str, Run], job: Job) -> dict[str, Any]:
+        """Medians of a job. What the first run costs (what is recorded, and what libraries load) is apart."""
+        first, short = {}, replace(job, tokens=min(8, job.tokens))
+        for name, run in runs.items():
+            first[name] = self._timed(partial(run, job if name.startswith("ramekin") else short))
+        rounds = [{name: run(job) for name, run in runs.items()} for _ in range(REPEAT)]
+        found = {
+            name: {**asdict(Timing.median([each[name] for each in rounds])), "first_run_s": first[name]} for name in runs
         }
-        return {"best": best, **found}
+        best = min((name for name in found if name.startswith("ramekin")), key=lambda name: found[name]["job_s"])
+        ratios = {name: row["job_s"] / found[best]["job_s"] for name, row in found.items() if not name.startswith("ramekin")}
+        return {"best": best, **found, "times as fast": ratios}
+
+    def _ours(self, precision: str) -> Run:
+        return partial(run_ours, self.ours(precision, self._provider))
+
+    def _peers(self, kind: str) -> Run:
+        return partial(self._run_peer, self.peer(kind))
 
     def limit(self) -> dict[str, float]:
         """The bytes that a step must read, at the device's measured bandwidth, as a share of the step's time."""
         import torch
 
-        block = torch.ones(1 << 28, dtype=torch.float32, device=self._provider)
+        block = torch.ones(1 << (30 if self._provider == "cuda" else 28), dtype=torch.float32, device=self._provider)
         seconds = min(self._timed(lambda: block.sum().item()) for _ in range(5))
         bandwidth = block.nbytes / seconds
         precision = self.precisions[0]
@@ -140,17 +175,34 @@ class Suite:
         step = run_ours(engine, job).step_p50_ms / 1e3
         return {"bandwidth": bandwidth, "bytes": needed, "step_s": step, "share": needed / bandwidth / step}
 
-    def throughput(self) -> dict[str, float]:
-        """Many papers, each with its samples, together."""
+    def memory(self) -> dict[str, float]:
+        """What an engine of ours takes of the device's memory: loaded, and after the job."""
+        import torch
+
+        if self._provider != "cuda":
+            return {}
+        torch.cuda.empty_cache()
+        before = torch.cuda.mem_get_info()[0]
+        engine = self.ours(self.precisions[0], self._provider)
+        loaded = before - torch.cuda.mem_get_info()[0]
+        run_ours(engine, self._job)
+        return {"loaded": loaded, "after_job": before - torch.cuda.mem_get_info()[0]}
+
+    def throughput(self) -> dict[str, Any]:
+        """Many papers, each with its samples, together; and without jobs side by side."""
         engine = self.ours(self.precisions[0], self._provider)
         rng, tokens = np.random.default_rng(1), self._job.tokens
         prompts = [rng.integers(3, 32_000, int(self._job.source * share)) for share in rng.uniform(0.7, 1.1, PAPERS)]
         params = SamplingParams(n=self._job.n, max_new_tokens=tokens, min_new_tokens=tokens, seed=1)
-        engine.generate_many(prompts[: engine.model.prompts_at_once], params)
-        seconds = self._timed(lambda: engine.generate_many(prompts, params))
-        return {"papers": PAPERS, "seconds": seconds, "tokens_per_s": PAPERS * self._job.n * tokens / seconds}
+        found: dict[str, Any] = {"papers": PAPERS, "n": self._job.n}
+        for lanes in sorted({engine.model.lanes, 1}, reverse=True):
+            engine.model.lanes = lanes
+            first, seconds = (self._timed(lambda: engine.generate_many(prompts, params)) for _ in range(2))
+            speed = {"tokens_per_s": PAPERS * self._job.n * tokens / seconds, "papers_per_hour": PAPERS / seconds * 3600}
+            found[f"{lanes} side by side"] = {"first_run_s": first, "seconds": seconds, **speed}
+        return found
 
-    def _run_peer(self, model: Any) -> Timing:
+    def _run_peer(self, model: Any, job: Job) -> Timing:
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -164,14 +216,14 @@ class Suite:
                 return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         ids = torch.tensor(self._source[None], device=model.device)
-        start, n, tokens = time.perf_counter(), self._job.n, self._job.tokens
+        start, n, tokens = time.perf_counter(), job.n, job.tokens
         with torch.inference_mode():
             model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=50, top_p=0.95, num_beams=1,
                 num_return_sequences=n, min_new_tokens=tokens, max_new_tokens=tokens,
                 stopping_criteria=StoppingCriteriaList([Ticks()]),
             )  # fmt: skip
-        return Timing.of(self._job, ends)
+        return Timing.of(job, ends)
 
     def _peer_logits(self, kind: str) -> Any:
         import torch
@@ -192,10 +244,10 @@ class Suite:
         return time.perf_counter() - start
 
 
-def _median(run: Callable[[], Timing]) -> dict[str, float]:
-    run()
-    timing = Timing.median([run() for _ in range(REPEAT)])
-    return {"first_token_s": timing.first_token_s, "step_p50_ms": timing.step_p50_ms, "job_s": timing.job_s}
+def _export(checkpoint: Path, folder: Path) -> float:
+    began = time.perf_counter()
+    export(str(checkpoint), folder, folder.name, checks=Checks(verify=False))
+    return time.perf_counter() - began
 
 
 def _device(provider: str) -> str:
@@ -215,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--provider", choices=list(PROVIDERS), default="cuda")
     parser.add_argument("--source", type=int, default=JOB.source)
     parser.add_argument("--tokens", type=int, default=JOB.tokens)
-    parser.add_argument("--part", action="append", help="only this one; may be repeated")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be repeated")
     a = parser.parse_args(arguments)
     names = (
         ("onnxruntime-gpu", "torch", "transformers", "bitsandbytes") if a.provider == "cuda" else ("torch", "transformers")
@@ -224,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = write_checkpoint(Path(folder) / "checkpoint", config_of(a.shape), a.tokenizer)
         suite = Suite(checkpoint, Path(folder), a.provider, Job(JOB.n, a.source, a.tokens))
-        for part in a.part or ("logits", "samples", "nodes", "times", "limit", "throughput"):
+        for part in ("exports", *(a.part or PARTS)):
             began = time.perf_counter()
             try:
                 result[part] = getattr(suite, part)()

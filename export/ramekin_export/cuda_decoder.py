@@ -22,7 +22,7 @@ from ramekin.manifest import (
 )
 from ramekin_export.config import T5Config
 from ramekin_export.cuda_layers import OPSET, Stack
-from ramekin_export.formats import Format, narrowed
+from ramekin_export.formats import INT32, Format, cast, narrowed
 from ramekin_export.graph import GraphBuilder, Shape, WeightFile
 from ramekin_export.head import Head
 from ramekin_export.layers import decoder_bias_table
@@ -47,7 +47,7 @@ def build_cuda_decoder(
     ids = g.input(TOKEN_IDS, np.int64, ["rows", 1])
     filled = g.input(PAST_LENGTHS, np.int64, ["rows"])
     distances = g.input(DISTANCES, np.int64, ["capacity"])
-    source_lengths = g.input(SOURCE_LENGTHS, np.int64, ["prompts"])
+    source_lengths = cast(g, g.input(SOURCE_LENGTHS, np.int64, ["prompts"]), INT32, "decoder.source_lengths")
     unfolded = g.input(UNFOLDED, np.int64, [3])
     top_k = g.input(TOP_K, np.int64, [1])
     cache: Shape = ["rows", "capacity", inner]
@@ -55,14 +55,14 @@ def build_cuda_decoder(
     cross = [g.input(name, form.products, ["prompts", "source", inner]) for name in cross_names(dims.decoder_layers)]
     present = present_names(dims.decoder_layers)
     bias = _bias(g, c, config, form, distances)
-    lengths = g.node("Add", [filled, g.constant("one", 1)], "decoder.lengths")
+    lengths = cast(g, g.node("Add", [filled, g.constant("one", 1)], "decoder.filled"), INT32, "decoder.lengths")
     folded = g.constant("folded", [-1, 1, inner])
 
     stack = Stack(g, c, config, form, g.node("Gather", [g.tensor(embedding), ids], "decoder.embedded"))
     for i in range(dims.decoder_layers):
         block, pair = f"decoder.block.{i}", slice(2 * i, 2 * i + 2)
         at = f"{block}.layer.0.SelfAttention"
-        query, *new = stack.inward(stack.norm(f"{block}.layer.0.layer_norm"), at, "qkv")
+        query, *new = stack.inward(stack.norm(f"{block}.layer.0.layer_norm"), at, "qkv", together=True)
         keys, values = (
             g.node("TensorScatter", [old, each, filled], output, axis=1)
             for old, each, output in zip(past[pair], new, present[pair], strict=True)

@@ -8,7 +8,7 @@ from onnx import TensorProto
 from ramekin.manifest import INPUT_IDS, POSITIONS, SOURCE_LENGTHS, cross_names
 from ramekin_export.config import T5Config
 from ramekin_export.cuda_layers import OPSET, Stack
-from ramekin_export.formats import Format, narrowed
+from ramekin_export.formats import INT32, Format, cast, narrowed
 from ramekin_export.graph import GraphBuilder, WeightFile
 from ramekin_export.layers import encoder_bias, encoder_bias_table
 from ramekin_export.weights import Weights
@@ -24,7 +24,7 @@ def build_cuda_encoder(
     """
     g, dims = GraphBuilder("encoder", weights, OPSET), config.dims
     ids = g.input(INPUT_IDS, np.int64, ["prompts", "source"])
-    lengths = g.input(SOURCE_LENGTHS, np.int64, ["prompts"])
+    lengths = cast(g, g.input(SOURCE_LENGTHS, np.int64, ["prompts"]), INT32, "encoder.lengths")
     bias = _bias(g, c, config, form, g.input(POSITIONS, np.int64, ["source"]))
     stack = Stack(g, c, config, form, g.node("Gather", [g.tensor(embedding), ids], "encoder.embedded"))
     for i in range(dims.encoder_layers):

@@ -1,8 +1,9 @@
 """The parts that both graphs for CUDA share.
 
-One operator serves all three attentions: ONNX's `Attention`, which has CUDA kernels for float32, float16 and bfloat16 and
-takes heads side by side, so that nothing is transposed. No shape is computed in the graphs, and what depends on positions
-alone comes in from the host: so every node runs on the GPU, and a step can be captured as a CUDA graph.
+One operator serves all three attentions: `MultiHeadAttention`, which has CUDA kernels for float32, float16 and bfloat16 and
+takes heads side by side, so that nothing is transposed. (ONNX's own `Attention` computes the same in up to three times the
+time: docs/log.md.) No shape is computed in the graphs, and what depends on positions alone comes in from the host: so every
+node runs on the GPU, and a step can be captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ramekin_export.graph import GraphBuilder
 from ramekin_export.recipe import names, project
 from ramekin_export.weights import Weights
 
-OPSET = 24  # the first with TensorScatter, and with lengths of keys in Attention
+OPSET = 24  # the first with TensorScatter
 
 
 class Stack:
@@ -37,16 +38,23 @@ class Stack:
         self._sum = f"{at}.sum"
         return at
 
-    def inward(self, normed: str, at: str, parts: str) -> list[str]:
-        """The projections `parts` ("q", "qkv") of an attention, heads side by side."""
+    def inward(self, normed: str, at: str, parts: str, together: bool = False) -> list[str]:
+        """The projections `parts` ("q", "qkv") of an attention, heads side by side.
+
+        `together`: in one product, which is then split. For few rows that takes less time, for thousands more.
+        """
         inner = self._config.dims.num_heads * self._config.dims.head_dim
         weights = {name: self._c.tensor(f"{name}.weight", inner, self._config.dims.d_model) for name in names(at, parts)}
-        return self._form.inward(self._g, normed, weights)
+        if not together:
+            return self._form.inward(self._g, normed, weights)
+        whole = self._form.inward(self._g, normed, {f"{at}.{parts}": np.concatenate(list(weights.values()))})
+        return self._g.nodes("Split", whole, f"{at}.split", list(weights), axis=-1, num_outputs=len(weights))
 
     def attention(self, query: str, keys: str, values: str, bias: str, lengths: str, at: str) -> str:
-        """Attention of `query (B, n, inner)` to the first `lengths (B,)` of the keys and values `(B, S, inner)`."""
-        heads = dict.fromkeys(("q_num_heads", "kv_num_heads"), self._config.dims.num_heads)
-        return self._g.node("Attention", [query, keys, values, bias, "", "", lengths], f"{at}.heads", **heads, scale=1.0)
+        """Attention of `query (B, n, inner)` to the first `lengths (B,)`, int32, of the keys and values `(B, S, inner)`."""
+        inputs = [query, keys, values, "", lengths, *([bias] if bias else [])]
+        heads = self._config.dims.num_heads
+        return self._g.node("MultiHeadAttention", inputs, f"{at}.heads", num_heads=heads, scale=1.0)
 
     def outward(self, heads: str, at: str) -> None:
         """The output projection of an attention, which the next norm adds to the stream."""

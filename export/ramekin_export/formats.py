@@ -17,6 +17,7 @@ from ramekin_export.graph import GraphBuilder, element_type
 from ramekin_export.recipe import RECIPES
 
 DType = np.dtype[Any]
+INT32 = np.dtype(np.int32)
 FLOAT32, FLOAT16, BFLOAT16 = np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
 

@@ -15,7 +15,7 @@ import click
 from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
 from ramekin.engine import Engine
-from ramekin.options import open_engine, provider_option, threads_option
+from ramekin.options import hush, open_engine, provider_option, threads_option
 from ramekin.provider import AUTO
 from ramekin.session import usable_cores
 from ramekin.terminal import progress
@@ -100,13 +100,17 @@ def _try_threads(model: Path, provider: str | None) -> Iterator[tuple[int, float
     cores = usable_cores()
     counts = sorted({*(1 << i for i in range(cores.bit_length())), cores})
     for count in progress(counts, "threads"):
-        yield count, _short_job_s(model, provider, count)
+        seconds, on = _short_job(model, provider, count)
+        yield count, seconds
+        if on != "cpu":  # whose threads do not matter then
+            return
 
 
-def _short_job_s(model: Path, provider: str | None, threads: int) -> float:
-    """Seconds; the engine is gone when this returns, so that no two hold memory at once."""
+def _short_job(model: Path, provider: str | None, threads: int) -> tuple[float, str]:
+    """Seconds, and where it was computed; the engine is gone when this returns, so that no two hold memory at once."""
+    hush()
     engine = Engine.load(model, provider or AUTO, threads)
-    return min(run(engine, _SHORT).job_s for _ in range(3))
+    return min(run(engine, _SHORT).job_s for _ in range(3)), engine.provider
 
 
 def _page(result: dict[str, Any]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import Any, TypeVar
@@ -44,8 +45,9 @@ from ramekin.session import onnxruntime, open_session
 
 SOURCE_STEP, CAPACITY_STEP = 64, 8
 """Prompts and caches are as long as a multiple of these, so that jobs of about the same size share memory and recordings."""
-_TOGETHER = 16  # prompts
+_TOGETHER, _SIDE_BY_SIDE = 16, 2  # prompts in one job, and jobs
 _MOST_RECORDED = 32
+RECORDED = {"enable_cuda_graph": "1"}  # runs with the same `gpu_graph_id` replay what the first one launched
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
 Result = TypeVar("Result")
@@ -95,7 +97,7 @@ class CudaModel:
     def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, device: str) -> None:
         """Take open sessions; `device` is where their inputs and outputs lie, "cuda" or "cpu"."""
         self.dims = dims = manifest.dims
-        self.prompts_at_once = _TOGETHER if device == "cuda" else 1
+        self.prompts_at_once, self.lanes = (_TOGETHER, _SIDE_BY_SIDE) if device == "cuda" else (1, 1)
         self._ort, self._encoder, self._decoder, self._device = ort, encoder, decoder, device
         self._pool, self._lock, self._records = Pool(ort, device), RLock(), device == "cuda"
         self._recordings: dict[tuple[int, int], int] = {}
@@ -125,13 +127,15 @@ class CudaModel:
             RuntimeVersionError: onnxruntime is missing or of a version that the model does not support.
         """
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
-        encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True)
+        settings = _settings(manifest)
+        encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True, settings=settings)
+        opened = partial(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
         try:
-            decoder = open_session(ort, folder / DECODER, files, provider, threads, rests=False, record=True)
+            decoder = opened(settings={**settings, **RECORDED})
         except ModelFormatError as error:
             if not _about_recording(error):
                 raise
-            decoder = open_session(ort, folder / DECODER, files, provider, threads, rests=False)
+            decoder = opened(settings=settings)
         return cls(ort, encoder, decoder, manifest, provider)
 
     def prefill(self, *prompts: Ids) -> CudaCross:
@@ -247,6 +251,15 @@ class CudaModel:
                 self._pool.give_up_idle()
                 with device_errors(self._device, needed):
                     return run()
+
+
+def _settings(manifest: Manifest) -> dict[str, str]:
+    """Options for CUDA, which the CPU overlooks: memory grows by what is asked for, and float32 means float32.
+
+    But not in half precision, where few products are in float32: there tensor cores round what these read to 10 bits.
+    """
+    exact = "cpu" in manifest.providers
+    return {"device_id": "0", "use_tf32": str(int(not exact)), "arena_extend_strategy": "kSameAsRequested"}
 
 
 def _about_recording(error: Exception) -> bool:

@@ -113,10 +113,12 @@ class Pool:
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
         with device_errors(self._device, plan.bytes):
             values = {name: make(list(shape), kind, self._device, 0) for name, shape, kind in plan.tensors}
-            for name, shape, kind in plan.tensors:
-                # Attention multiplies what it masks by 0, and fresh memory may hold NaN.
-                if kind != INT64 and name.startswith("past_"):
-                    values[name].update_inplace(np.zeros(shape, np.float32 if kind == FLOAT32 else np.float16))
+            caches = [each for each in plan.tensors if each[0].startswith("past_") and each[2] != INT64]
+            if caches:  # attention multiplies what it masks by 0, and fresh memory may hold NaN
+                _, shape, kind = caches[0]
+                zeros = np.zeros(shape, np.float32 if kind == FLOAT32 else np.float16)  # for all, since it may be large
+                for name, _, _ in caches:
+                    values[name].update_inplace(zeros)
         self._made += 1
         return Memory(values, self._made)
 

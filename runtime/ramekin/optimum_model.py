@@ -70,6 +70,7 @@ class OptimumModel:
     """
 
     prompts_at_once = 1
+    lanes = 1
     compacts = False
 
     def __init__(self, ort: Any, encoder: Any, decoder: Any, with_past: Any | None, found: OptimumFolder) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -26,8 +28,18 @@ provider_option = click.option(
 )
 
 
+def hush() -> None:
+    """Let onnxruntime log errors only, which a command may do in its own process.
+
+    Version 1.31 warns, whenever CUDA is used, of a plugin that is not needed.
+    """
+    with suppress(ImportError):  # told where it is needed
+        importlib.import_module("onnxruntime").set_default_logger_severity(3)
+
+
 def open_engine(model: Path, provider: str | None, threads: int | None, max_source_tokens: int | None = None) -> Engine:
     """Load a model; tell where it computes if that is not plain to see."""
+    hush()
     engine = Engine.load(model, provider or AUTO, threads, max_source_tokens)
     if provider == AUTO or (provider is None and "cuda" in engine.manifest.providers):
         say(f"computing on {engine.provider}{engine.not_on_cuda and f': {engine.not_on_cuda}'}")

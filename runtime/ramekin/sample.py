@@ -78,13 +78,13 @@ def advance(
     if reason:
         sample.decoder.finish()
     text = sample.decoder.text
-    cut = first_stop(text, params.stop)
+    cut = first_stop(text, params.stop) if params.stop else None
     if cut is not None:
         reason, certain = "stop", cut
-    elif reason:
+    elif reason or not params.stop:
         certain = len(text)
     else:  # what may be the beginning of a stop string is held back until it is certain
-        certain = max(sample.told, len(text) - max((len(stop) - 1 for stop in params.stop), default=0))
+        certain = max(sample.told, len(text) - max(len(stop) - 1 for stop in params.stop))
     event = Token(sample.index, token, logprob, text[sample.told : certain])
     sample.told = certain
     if not reason:

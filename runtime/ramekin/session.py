@@ -6,7 +6,9 @@ import importlib
 import math
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ramekin.errors import ModelFormatError, ProviderError, RamekinError, RuntimeVersionError
@@ -93,7 +95,7 @@ def open_session(
     threads: int,
     rests: bool,
     fuse: bool = False,
-    record: bool = False,
+    settings: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """Open one graph of a model folder.
 
@@ -108,7 +110,7 @@ def open_session(
         threads: how many threads compute, at least 1.
         rests: let the threads sleep as soon as a run ends, since another session runs next.
         fuse: let onnxruntime fuse operators; ours are fused already, and looking for more only takes time.
-        record: on CUDA, record what a run launches and replay it in later runs with the same `gpu_graph_id`.
+        settings: options of a provider other than the CPU.
 
     Raises:
         ProviderError: onnxruntime opened it, but not on this provider.
@@ -130,9 +132,10 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # not for single nodes either
-    options.enable_mem_pattern = not record  # memory that is planned anew must not move under what was recorded
+    # Memory that is planned anew must not move under what was recorded.
+    options.enable_mem_pattern = "enable_cuda_graph" not in settings
     try:
-        session = _create(ort, path, options, (PROVIDERS[provider], _settings(provider, record)))
+        session = _create(ort, path, options, (PROVIDERS[provider], {} if provider == "cpu" else dict(settings)))
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         reason = " ".join(str(error).split())
         if about_memory(error):
@@ -141,14 +144,6 @@ def open_session(
     if PROVIDERS[provider] not in session.get_providers():
         raise ProviderError(f"{path}: onnxruntime fell back to {', '.join(session.get_providers())} instead of {provider}")
     return session
-
-
-def _settings(provider: str, record: bool) -> dict[str, str]:
-    """Options of a provider: on CUDA float32 means float32, and memory grows by what is asked for."""
-    if provider != "cuda":
-        return {}
-    exact = {"device_id": "0", "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
-    return {**exact, "enable_cuda_graph": "1"} if record else exact
 
 
 def _mapped(path: Path) -> mmap.mmap:

@@ -27,8 +27,7 @@ torch = pytest.importorskip("torch")
 # What the graphs are made of, and the types for which onnxruntime-gpu 1.31.1 has CUDA kernels (the kernels' classes in its
 # library; "any" moves elements without looking at them).
 KERNELS = {
-    "Add": "float float16 bfloat16 int64",
-    "Attention": "float float16 bfloat16",
+    "Add": "int64",
     "Cast": "any",
     "Clip": "int64",
     "FastGelu": "float float16 bfloat16",
@@ -39,10 +38,12 @@ KERNELS = {
     "LogSoftmax": "float",
     "MatMul": "float float16 bfloat16",
     "Mul": "float float16 bfloat16",
+    "MultiHeadAttention": "float float16 bfloat16",
     "RMSNormalization": "float float16 bfloat16",
     "Relu": "float float16 bfloat16",
     "Reshape": "any",
     "SkipSimplifiedLayerNormalization": "float float16 bfloat16",
+    "Split": "any",
     "Squeeze": "any",
     "Sub": "int64",
     "TensorScatter": "any",
@@ -195,7 +196,7 @@ def test_every_node_has_a_cuda_kernel(
 def test_one_operator_stands_for_every_attention(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     graph = onnx.load(made(checkpoint("flan"), tmp_path / "model", "bf16") / DECODER, load_external_data=False).graph
     layers = VARIANTS["flan"]["num_decoder_layers"]
-    assert sum(node.op_type == "Attention" for node in graph.node) == 2 * layers
+    assert sum(node.op_type == "MultiHeadAttention" for node in graph.node) == 2 * layers
     assert sum(node.op_type == "TensorScatter" for node in graph.node) == 2 * layers
     assert not any(node.op_type in ("Transpose", "Shape", "Concat", "Expand", "Range") for node in graph.node)
 

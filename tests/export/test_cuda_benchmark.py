@@ -19,6 +19,9 @@ def test_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cuda.SHAPES, "tiny", shape)
     monkeypatch.setattr(cuda, "PAPERS", 3)
     monkeypatch.setattr(cuda, "PEERS", ("bfloat16",))  # bitsandbytes is not among the tests' packages
+    monkeypatch.setattr(
+        cuda, "PARTS", [part for part in cuda.PARTS if part != "optimum"]
+    )  # nor is it where transformers is 5
     spiece, out = TINY_MODEL / "spiece.model", tmp_path / "out.json"
     cuda.main(
         [
@@ -45,4 +48,6 @@ def test_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["times"]["best"] == "ramekin fp32-cuda"
     assert found["times"]["times as fast"]["transformers bfloat16"] > 0
     assert 0 < found["limit"]["share"] < 1
+    assert found["one_sample"]["times as fast"]["transformers bfloat16"] > 0
     assert found["throughput"]["papers"] == 3
+    assert found["throughput"]["1 side by side"]["tokens_per_s"] > 0

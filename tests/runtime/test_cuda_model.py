@@ -6,6 +6,7 @@ import contextlib
 import gc
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from ramekin import Completion, Engine, ModelFormatError, ProviderError, RamekinError, SamplingParams
 from ramekin.cuda_model import CudaModel
 from ramekin.device_memory import BYTES, Plan, Pool
-from ramekin.manifest import TOP_K, Dims, Manifest
+from ramekin.manifest import DECODER, ENCODER, TOP_K, Dims, Manifest
 from ramekin.session import open_session
 from tests.runtime.conftest import CUDA_MODEL
 
@@ -29,7 +30,7 @@ PARAMS = SamplingParams(n=3, max_new_tokens=30, seed=11, top_k=20)
 def cuda() -> Engine:
     """On the CPU, in groups as on a GPU."""
     engine = Engine.load(CUDA_MODEL, provider="cpu", threads=2)
-    assert engine.model.prompts_at_once == 1
+    assert (engine.model.prompts_at_once, engine.model.lanes) == (1, 1)
     engine.model.prompts_at_once = 16
     return engine
 
@@ -54,9 +55,10 @@ def test_prompts_do_not_see_each_other(cuda: Engine) -> None:
         ]
 
 
+@pytest.mark.parametrize("lanes", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 16])
-def test_many_prompts_in_groups(size: int, cuda: Engine, engine: Engine) -> None:
-    cuda.model.prompts_at_once = size
+def test_many_prompts_in_groups(size: int, lanes: int, cuda: Engine, engine: Engine) -> None:
+    cuda.model.prompts_at_once, cuda.model.lanes = size, lanes
     found = cuda.generate_many(PROMPTS, PARAMS)
     expected = engine.generate_many(PROMPTS, PARAMS)
     assert [[each.token_ids for each in one] for one in found] == [[each.token_ids for each in one] for one in expected]
@@ -255,18 +257,40 @@ def test_recordings_have_a_number_for_each_size_of_job(cuda: Engine, monkeypatch
     assert caches[0].length == 5
 
 
-def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[bool] = []
+def opened_as_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, manifest: Manifest, records: bool
+) -> list[tuple[str, dict[str, str]]]:
+    """With what settings both sessions are opened."""
+    opened: list[tuple[str, dict[str, str]]] = []
 
-    def open_it(*arguments: Any, record: bool = False, **options: Any) -> Any:
-        opened.append(record)
-        if record:
+    def open_it(ort: Any, path: Path, *arguments: Any, settings: dict[str, str], **options: Any) -> Any:
+        opened.append((path.name, settings))
+        if "enable_cuda_graph" in settings and not records:
             raise ModelFormatError("This session cannot use the graph capture feature as requested by the user")
-        return open_session(*arguments, **options)
+        return open_session(ort, path, *arguments, **options)
 
     monkeypatch.setattr("ramekin.cuda_model.open_session", open_it)
-    CudaModel.load(CUDA_MODEL, Manifest.load(CUDA_MODEL), "cpu", 1)
-    assert opened == [False, True, False]
+    CudaModel.load(CUDA_MODEL, manifest, "cpu", 1)
+    return opened
+
+
+@pytest.mark.parametrize("providers", [("cuda", "cpu"), ("cuda",)])
+def test_settings_of_cuda(providers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all is float32 it is exact; the decoder's steps are recorded."""
+    opened = opened_as_on_a_gpu(monkeypatch, replace(Manifest.load(CUDA_MODEL), providers=providers), records=True)
+    (_, encoder), (_, decoder) = opened
+    assert encoder["use_tf32"] == str(int("cpu" not in providers))
+    assert "enable_cuda_graph" not in encoder
+    assert decoder == {**encoder, "enable_cuda_graph": "1"}
+
+
+def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = opened_as_on_a_gpu(monkeypatch, Manifest.load(CUDA_MODEL), records=False)
+    assert [(name, "enable_cuda_graph" in settings) for name, settings in opened] == [
+        (ENCODER, False),
+        (DECODER, True),
+        (DECODER, False),
+    ]
 
 
 def test_all_logits_outlive_the_job(cuda: Engine) -> None:

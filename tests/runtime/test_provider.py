@@ -15,6 +15,7 @@ import pytest
 
 from ramekin import Engine, ModelFormatError, ProviderError
 from ramekin.cli import main
+from ramekin.cuda_model import RECORDED
 from ramekin.manifest import ENCODER, MANIFEST, Manifest
 from ramekin.provider import choose_provider, cuda_problem
 from ramekin.session import open_session
@@ -126,8 +127,8 @@ def test_a_silent_fall_to_the_cpu_is_an_error() -> None:
         open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=True)
 
 
-def test_settings_of_cuda() -> None:
-    """float32 is float32, and the decoder's steps are recorded."""
+def test_settings_reach_the_provider() -> None:
+    """But not the CPU; and memory that was recorded stays where it is."""
     seen: list[Any] = []
     given: list[Any] = []
 
@@ -142,15 +143,12 @@ def test_settings_of_cuda() -> None:
         InferenceSession=opened,
     )
     files = frozenset(Manifest.load(CUDA_MODEL).files)
-    open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=True)
-    open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=False, record=True)
-    (name, encoder), (_, decoder) = seen
-    assert name == CUDA
-    assert encoder["use_tf32"] == "0"
-    assert "enable_cuda_graph" not in encoder
-    assert decoder == {**encoder, "enable_cuda_graph": "1"}
-    assert [each.enable_mem_pattern for each in given] == [True, False]
-    assert {each.get_session_config_entry("session.disable_cpu_ep_fallback") for each in given} == {"1"}
+    for provider, settings in (("cuda", {"device_id": "0"}), ("cuda", RECORDED), ("cpu", {"device_id": "0"})):
+        open_session(ort, CUDA_MODEL / ENCODER, files, provider, 1, rests=False, settings=settings)
+    assert seen == [(CUDA, {"device_id": "0"}), (CUDA, {"enable_cuda_graph": "1"}), (CPU, {})]
+    assert [each.enable_mem_pattern for each in given] == [True, False, True]
+    found = [each.get_session_config_entry("session.disable_cpu_ep_fallback") for each in given[:2]]
+    assert found == ["1", "1"]
 
 
 def test_engines_tell_where_they_compute() -> None:
