@@ -60,7 +60,9 @@ class Suite:
 
     def exports(self) -> dict[str, float]:
         """All models that the other parts need, several at a time; the seconds that each took."""
-        wanted = [*self.precisions, "fp32"]
+        wanted = [each for each in (*self.precisions, "fp32") if not (self._folder / each).exists()]
+        if not wanted:
+            return {}
         with ProcessPoolExecutor(max(1, min(len(wanted), (os.cpu_count() or 1) // 2)), get_context("spawn")) as pool:
             made = pool.map(_export, [self._checkpoint] * len(wanted), [self._folder / each for each in wanted])
         return dict(zip(wanted, made, strict=True))
@@ -188,19 +190,15 @@ class Suite:
         run_ours(engine, self._job)
         return {"loaded": loaded, "after_job": before - torch.cuda.mem_get_info()[0]}
 
-    def throughput(self) -> dict[str, Any]:
-        """Many papers, each with its samples, together; and without jobs side by side."""
+    def throughput(self) -> dict[str, float]:
+        """Many papers, each with its samples, together."""
         engine = self.ours(self.precisions[0], self._provider)
         rng, tokens = np.random.default_rng(1), self._job.tokens
         prompts = [rng.integers(3, 32_000, int(self._job.source * share)) for share in rng.uniform(0.7, 1.1, PAPERS)]
         params = SamplingParams(n=self._job.n, max_new_tokens=tokens, min_new_tokens=tokens, seed=1)
-        found: dict[str, Any] = {"papers": PAPERS, "n": self._job.n}
-        for lanes in sorted({engine.model.lanes, 1}, reverse=True):
-            engine.model.lanes = lanes
-            first, seconds = (self._timed(lambda: engine.generate_many(prompts, params)) for _ in range(2))
-            speed = {"tokens_per_s": PAPERS * self._job.n * tokens / seconds, "papers_per_hour": PAPERS / seconds * 3600}
-            found[f"{lanes} side by side"] = {"first_run_s": first, "seconds": seconds, **speed}
-        return found
+        first, seconds = (self._timed(lambda: engine.generate_many(prompts, params)) for _ in range(2))
+        speed = {"tokens_per_s": PAPERS * self._job.n * tokens / seconds, "papers_per_hour": PAPERS / seconds * 3600}
+        return {"papers": PAPERS, "n": self._job.n, "first_run_s": first, "seconds": seconds, **speed}
 
     def _run_peer(self, model: Any, job: Job) -> Timing:
         import torch
@@ -268,14 +266,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", type=int, default=JOB.source)
     parser.add_argument("--tokens", type=int, default=JOB.tokens)
     parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be repeated")
+    parser.add_argument("--work", type=Path, help="a folder that keeps checkpoint and models, for more parts later")
     a = parser.parse_args(arguments)
     names = (
         ("onnxruntime-gpu", "torch", "transformers", "bitsandbytes") if a.provider == "cuda" else ("torch", "transformers")
     )
     result: dict[str, Any] = {"shape": a.shape, "device": _device(a.provider), "versions": {n: version(n) for n in names}}
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = write_checkpoint(Path(folder) / "checkpoint", config_of(a.shape), a.tokenizer)
-        suite = Suite(checkpoint, Path(folder), a.provider, Job(JOB.n, a.source, a.tokens))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = a.work or Path(temporary)
+        checkpoint = folder / "checkpoint"
+        if not checkpoint.exists():
+            write_checkpoint(checkpoint, config_of(a.shape), a.tokenizer)
+        suite = Suite(checkpoint, folder, a.provider, Job(JOB.n, a.source, a.tokens))
         for part in ("exports", *(a.part or PARTS)):
             began = time.perf_counter()
             try:

@@ -108,7 +108,7 @@ def generate(
     labels = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     sources = _sources(engine, labels, prompts, on_long)
     pairs = list(zip(prompts, sources, strict=True))
-    for group in progress_in_groups(_groups(pairs, 1 if stream else _together(engine)), "prompts"):
+    for group in progress_in_groups(_groups(pairs, 1 if stream else engine.model.prompts_at_once), "prompts"):
         done: list[list[Completion]] = [[] for _ in group]
         try:
             for number, event in engine.stream_many([source for _, source in group], params):
@@ -201,7 +201,9 @@ def questions(
     labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
     prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
     sources = _sources(engine, labels, prompts, on_long)
-    for group in progress_in_groups(_groups(list(zip(papers, sources, strict=True)), _together(engine)), "papers"):
+    for group in progress_in_groups(
+        _groups(list(zip(papers, sources, strict=True)), engine.model.prompts_at_once), "papers"
+    ):
         done: list[list[Completion]] = [[] for _ in group]
         try:
             for number, event in engine.stream_many([source for _, source in group], params):
@@ -214,11 +216,6 @@ def questions(
     if malformed and not as_json:
         hint = "" if show_all else "; --all prints them"
         click.echo(f"{malformed} of {total} samples were not a question and a whole answer{hint}", err=True)
-
-
-def _together(engine: Engine) -> int:
-    """How many prompts the engine has work for at a time."""
-    return engine.model.prompts_at_once * engine.model.lanes
 
 
 def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str) -> list[Any]:

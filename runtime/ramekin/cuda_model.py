@@ -45,7 +45,7 @@ from ramekin.session import onnxruntime, open_session
 
 SOURCE_STEP, CAPACITY_STEP = 64, 8
 """Prompts and caches are as long as a multiple of these, so that jobs of about the same size share memory and recordings."""
-_TOGETHER, _SIDE_BY_SIDE = 16, 2  # prompts in one job, and jobs
+_TOGETHER = 16  # prompts
 _MOST_RECORDED = 32
 RECORDED = {"enable_cuda_graph": "1"}  # runs with the same `gpu_graph_id` replay what the first one launched
 
@@ -97,7 +97,7 @@ class CudaModel:
     def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, device: str) -> None:
         """Take open sessions; `device` is where their inputs and outputs lie, "cuda" or "cpu"."""
         self.dims = dims = manifest.dims
-        self.prompts_at_once, self.lanes = (_TOGETHER, _SIDE_BY_SIDE) if device == "cuda" else (1, 1)
+        self.prompts_at_once = _TOGETHER if device == "cuda" else 1
         self._ort, self._encoder, self._decoder, self._device = ort, encoder, decoder, device
         self._pool, self._lock, self._records = Pool(ort, device), RLock(), device == "cuda"
         self._recordings: dict[tuple[int, int], int] = {}

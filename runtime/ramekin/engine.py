@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy.typing as npt
 from ramekin.cache import FEW_ROWS, WORTH_STEPS, Floats
 from ramekin.cuda_model import CudaModel
 from ramekin.errors import ModelFormatError
-from ramekin.lanes import Lanes
 from ramekin.manifest import MANIFEST, PROVIDERS, TOKENIZER, Manifest, VersionRange
 from ramekin.model import Model, Steps
 from ramekin.optimum_folder import OptimumFolder
@@ -151,9 +149,8 @@ class Engine:
     ) -> Iterator[tuple[int, Token | Completion]]:
         """Generate samples of several prompts: what `stream` tells of each, with the prompt's number.
 
-        On a GPU some prompts are computed together, padded to the longest of them, and two such groups side by side (events
-        of several prompts come mixed, then); on a CPU, where one prompt fills every core, one after the other. Without a
-        seed all prompts get the same new one.
+        On a GPU some prompts are computed together, padded to the longest of them; on a CPU, where one prompt fills every
+        core, one after the other. Without a seed all prompts get the same new one.
 
         Raises:
             ValueError, TypeError: see `stream`; and a text is one prompt, not several.
@@ -162,14 +159,9 @@ class Engine:
         if params.seed is None:
             params = replace(params, seed=secrets.randbits(63))
         prompts, size = [self.source_ids(source) for source in _several(sources)], self.model.prompts_at_once
-        groups = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-        told: Iterable[tuple[int, tuple[int, Token | Completion]]]
-        if self.model.lanes == 1 or len(groups) < 2:
-            told = ((group, each) for group, part in enumerate(groups) for each in self._run(part, params))
-        else:
-            told = Lanes([partial(self._run, group, params) for group in groups], self.model.lanes, size * params.n)
-        for group, (number, event) in told:
-            yield group * size + number, event
+        for first in range(0, len(prompts), size):
+            for number, event in self._run(prompts[first : first + size], params):
+                yield first + number, event
 
     def _run(
         self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams

@@ -81,13 +81,11 @@ class Steps(Protocol):
     Attributes:
         dims: sizes of the network.
         prompts_at_once: how many prompts `prefill` takes.
-        lanes: how many jobs may run side by side, in threads.
         compacts: whether `compact` does anything.
     """
 
     dims: Dims
     prompts_at_once: int
-    lanes: int
     compacts: bool
 
     def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Any:
@@ -107,7 +105,6 @@ class Model:
     """An encoder and a decoder graph that agree with a manifest."""
 
     prompts_at_once = 1  # several would only be padded to the longest: one fills every core
-    lanes = 1
 
     def __init__(
         self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, compact: bool = False, threads: int = 1

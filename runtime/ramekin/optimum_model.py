@@ -70,7 +70,6 @@ class OptimumModel:
     """
 
     prompts_at_once = 1
-    lanes = 1
     compacts = False
 
     def __init__(self, ort: Any, encoder: Any, decoder: Any, with_past: Any | None, found: OptimumFolder) -> None:

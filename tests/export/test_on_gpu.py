@@ -90,13 +90,12 @@ def test_samples_equal_the_cpus(
         assert [each.token_ids for each in cuda.generate(source, PARAMS)] == [each.token_ids for each in expected]
 
 
-def test_jobs_side_by_side(
+def test_more_prompts_than_fit_into_one_job(
     on_gpu: Callable[[str, str], Engine], exported: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = on_gpu("flan", "fp32-cuda")
-    assert cuda.model.lanes == 2
     monkeypatch.setattr(cuda.model, "prompts_at_once", 2)
-    sources = [source for source, _ in cases(512)] * 4
+    sources = [source for source, _ in cases(512)] * 2
     for source, found in zip(sources, cuda.generate_many(sources, PARAMS), strict=True):
         expected = exported("flan", "fp32").generate(source, PARAMS)
         assert [each.token_ids for each in found] == [each.token_ids for each in expected]
