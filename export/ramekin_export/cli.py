@@ -14,7 +14,7 @@ import click
 from ramekin.cli import questions
 from ramekin.errors import RamekinError
 from ramekin.manifest import DEFAULT_PROMPT, Manifest
-from ramekin.options import Command
+from ramekin.options import Command, hush
 from ramekin.paper import check_prompt
 from ramekin.quality import table
 from ramekin.terminal import is_terminal
@@ -112,6 +112,7 @@ def export(
       ramekin export UNIST-Eunchan/FLAN-T5-NLP-Paper-to-Question-Generation model --precision int4
     """
     _check_prompt(prompt)
+    hush()
     if via == "ramekin":
         with progress_bars() as advance:
             manifest = run_export(source, out, precision, revision, force, prompt, Checks(**checks), advance)
@@ -143,6 +144,7 @@ def convert(folder: Path, out: Path, precision: str, prompt: str, force: bool, *
       ramekin convert ./my-t5-onnx model --precision int4
     """
     _check_prompt(prompt)
+    hush()
     with progress_bars() as advance:
         manifest = run_export(str(folder), out, precision, None, force, prompt, Checks(**checks), advance)
     _tell(out, manifest)

@@ -81,7 +81,7 @@ def build_cuda_decoder(
     last = g.node("Squeeze", [normed, g.constant("axis_1", [1])], "decoder.last")
     project(g, form.head, last, LOGITS, c.tensor(head.weight, dims.vocab_size, dims.d_model))
     g.nodes("TopK", [LOGITS, top_k], "top", [TOP_VALUES, TOP_IDS], axis=-1)
-    logprobs = g.node("LogSoftmax", [LOGITS], "logprobs", axis=-1)  # a reduction would need cuDNN
+    logprobs = g.node("LogSoftmax", [LOGITS], "logprobs", axis=-1)  # a reduction would need cuDNN, which may be missing
     g.node("GatherElements", [logprobs, TOP_IDS], TOP_LOGPROBS, axis=-1)
 
     g.output(LOGITS, np.float32, ["rows", dims.vocab_size])

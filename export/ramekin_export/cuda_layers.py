@@ -47,6 +47,8 @@ class Stack:
         weights = {name: self._c.tensor(f"{name}.weight", inner, self._config.dims.d_model) for name in names(at, parts)}
         if not together:
             return self._form.inward(self._g, normed, weights)
+        for name, weight in weights.items():
+            narrowed(name, weight, self._form.products)  # tells which of them is too large
         whole = self._form.inward(self._g, normed, {f"{at}.{parts}": np.concatenate(list(weights.values()))})
         return self._g.nodes("Split", whole, f"{at}.split", list(weights), axis=-1, num_outputs=len(weights))
 

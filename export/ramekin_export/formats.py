@@ -56,6 +56,7 @@ class Format:
         products: weights, attention and the caches.
         stream: the residual stream, its norms, and the feed-forward blocks from the gate through `wo`, whose inputs are a
             hundred times larger than anything else and pass the 65,504 of float16 (transformers keeps `wo` in float32 too).
+            Products of float32 in it are TF32 on Ampere and newer.
         most_divergence: mean KL divergence from float32, in nats per token, beyond which an export fails.
     """
 

@@ -45,18 +45,18 @@ def bench(
 ) -> None:
     """Time MODEL on this machine, with nothing else running: first token, step, tokens per second, memory.
 
-    The prompt is random and every sample is forced to its length, so that runs can be compared. Without --threads a short
-    job is tried with 1, 2, 4 ... threads, and the fastest number is taken. "of the ceiling" is the time that the job would
-    take if it did nothing but read its weights at this machine's memory bandwidth, or multiply at the rate of its fastest
-    large matrix product, whichever is slower, as a share of the time that it took; it is the processor's, not a GPU's.
+    The prompt is random and every sample is forced to its length, so that runs can be compared. On a CPU, without --threads,
+    a short job is tried with 1, 2, 4 ... threads, and the fastest number is taken. "of the ceiling" is the time that the job
+    would take if it did nothing but read its weights at this machine's memory bandwidth, or multiply at the rate of its
+    fastest large matrix product, whichever is slower, as a share of the time that it took; of a GPU it is not told.
 
     \b
     Examples:
       ramekin bench model
       ramekin bench model -n 16 --source 512 --json
     """
-    tried = {} if threads else dict(_try_threads(model, provider))
-    threads = threads or min(tried, key=lambda count: tried[count])
+    tried = {} if threads else _try_threads(model, provider)
+    threads = threads or min(tried, key=lambda count: tried[count], default=usable_cores())
     forget_peak_memory()
     began = time.perf_counter()
     engine = open_engine(model, provider, threads, source)
@@ -68,14 +68,17 @@ def bench(
     for job in progress(jobs * repeat, "runs"):
         timings[job].append(run(engine, job))
         peaks.setdefault(job, peak_memory_mb())
-    ceiling, rows, on_cpu = Ceiling.measure(threads), [], engine.provider == "cpu"  # last, since it needs memory of its own
+    rows, ceiling = (
+        [],
+        Ceiling.measure(threads) if engine.provider == "cpu" else None,
+    )  # last, since it needs memory of its own
     for job, runs in timings.items():
         times = [timing.job_s for timing in runs]
         median, least = Timing.median(runs), Work(engine.manifest, source, job.n, tokens)
         extra = {
             "job_spread": (max(times) - min(times)) / median.job_s,
-            "of_the_ceiling": least.job_s(ceiling) / median.job_s if on_cpu else math.nan,
-            "first_token_of_the_ceiling": least.first_token_s(ceiling) / median.first_token_s if on_cpu else math.nan,
+            "of_the_ceiling": least.job_s(ceiling) / median.job_s if ceiling else math.nan,
+            "first_token_of_the_ceiling": least.first_token_s(ceiling) / median.first_token_s if ceiling else math.nan,
             "peak_mb": peaks[job],
         }
         rows.append({**asdict(job), **asdict(median), **extra})
@@ -86,7 +89,7 @@ def bench(
         "threads_tried_s": tried,
         "repeat": repeat,
         "load_s": loaded,
-        "ceiling": asdict(ceiling),
+        "ceiling": asdict(ceiling) if ceiling else None,
         "jobs": rows,
     }
     if as_json:
@@ -96,14 +99,14 @@ def bench(
         click.echo(line)
 
 
-def _try_threads(model: Path, provider: str | None) -> Iterator[tuple[int, float]]:
+def _try_threads(model: Path, provider: str | None) -> dict[int, float]:
+    """Seconds of a short job by number of threads; none on a GPU, where they do not matter."""
     cores = usable_cores()
-    counts = sorted({*(1 << i for i in range(cores.bit_length())), cores})
-    for count in progress(counts, "threads"):
-        seconds, on = _short_job(model, provider, count)
-        yield count, seconds
-        if on != "cpu":  # whose threads do not matter then
-            return
+    one, where = _short_job(model, provider, 1)
+    if where != "cpu":
+        return {}
+    counts = sorted({*(1 << i for i in range(1, cores.bit_length())), cores} - {1})
+    return {1: one, **{count: _short_job(model, provider, count)[0] for count in progress(counts, "threads")}}
 
 
 def _short_job(model: Path, provider: str | None, threads: int) -> tuple[float, str]:
@@ -117,10 +120,11 @@ def _page(result: dict[str, Any]) -> Iterator[str]:
     ceiling, tried = result["ceiling"], result["threads_tried_s"]
     why = ", ".join(f"{count}: {seconds:.2f} s" for count, seconds in tried.items())
     yield f"threads        {result['threads']}" + (f"  (tried {why})" if len(tried) > 1 else "")
-    yield (
-        f"this machine   {ceiling['bandwidth'] / 1e9:.1f} GB/s, {ceiling['int8'] / 1e9:,.0f} G int8 and "
-        f"{ceiling['float32'] / 1e9:,.0f} G float32 operations per second"
-    )
+    if ceiling:
+        yield (
+            f"this machine   {ceiling['bandwidth'] / 1e9:.1f} GB/s, {ceiling['int8'] / 1e9:,.0f} G int8 and "
+            f"{ceiling['float32'] / 1e9:,.0f} G float32 operations per second"
+        )
     yield f"load           {result['load_s']:.2f} s ({result['model']['precision']})"
     first = result["jobs"][0]
     yield f"jobs           {first['source']} tokens in, n times {first['tokens']} out; medians of {result['repeat']}"

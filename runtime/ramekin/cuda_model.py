@@ -129,13 +129,13 @@ class CudaModel:
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
         settings = _settings(manifest)
         encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True, settings=settings)
-        opened = partial(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
+        open_decoder = partial(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
         try:
-            decoder = opened(settings={**settings, **RECORDED})
+            decoder = open_decoder(settings={**settings, **RECORDED})
         except ModelFormatError as error:
             if not _about_recording(error):
                 raise
-            decoder = opened(settings=settings)
+            decoder = open_decoder(settings=settings)
         return cls(ort, encoder, decoder, manifest, provider)
 
     def prefill(self, *prompts: Ids) -> CudaCross:
@@ -256,9 +256,9 @@ class CudaModel:
 def _settings(manifest: Manifest) -> dict[str, str]:
     """Options for CUDA, which the CPU overlooks: memory grows by what is asked for, and float32 means float32.
 
-    But not in half precision, where few products are in float32: there tensor cores round what these read to 10 bits.
+    But not in half precision, where few products are in float32: there tensor cores round what these read to 10 bits (TF32).
     """
-    exact = "cpu" in manifest.providers
+    exact = manifest.precision == "fp32-cuda"
     return {"device_id": "0", "use_tf32": str(int(not exact)), "arena_extend_strategy": "kSameAsRequested"}
 
 

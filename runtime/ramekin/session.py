@@ -132,10 +132,10 @@ def open_session(
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if provider != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")  # not for single nodes either
-    # Memory that is planned anew must not move under what was recorded.
-    options.enable_mem_pattern = "enable_cuda_graph" not in settings
+    given = {} if provider == "cpu" else dict(settings)
+    options.enable_mem_pattern = "enable_cuda_graph" not in given  # planned anew, memory must not move under a recording
     try:
-        session = _create(ort, path, options, (PROVIDERS[provider], {} if provider == "cpu" else dict(settings)))
+        session = _create(ort, path, options, (PROVIDERS[provider], given))
     except Exception as error:  # onnxruntime raises a dozen unrelated types
         reason = " ".join(str(error).split())
         if about_memory(error):

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +57,7 @@ def test_float32_logits_agree(variant: str, on_gpu: Callable[[str, str], Engine]
 def test_half_precision_loses_no_more_than_that_of_transformers(
     variant: str, precision: str, on_gpu: Callable[[str, str], Engine], checkpoint: Callable[[str], Path]
 ) -> None:
-    """KL from float32, which transformers' own half precision sets the measure for."""
+    """KL from float32, at most 1.2 times that of transformers' model, cast to it."""
     engine, reference = on_gpu(variant, precision), load_reference(checkpoint(variant))
     of_case = list(cases(VARIANTS[variant]["vocab_size"]))
     exact = [reference_logits(reference, *case) for case in of_case]
@@ -152,6 +151,7 @@ def test_the_command_takes_the_gpu_and_says_so(checkpoint: Callable[[str], Path]
     model = str(tmp_path / "model")
     made = ramekin("export", str(checkpoint("flan")), model, "--precision", "bf16")
     assert made.returncode == 0, made.stderr
+    assert "onnxruntime" not in made.stderr
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("What is it?")
     sizes = ("-n", "2", "--source", "40", "--tokens", "5")
@@ -167,9 +167,3 @@ def test_the_command_takes_the_gpu_and_says_so(checkpoint: Callable[[str], Path]
         if arguments[-1] == "--json":
             assert "cuda" in done.stdout + done.stderr
             json.loads(done.stdout.splitlines()[0])
-
-
-def test_fresh_seeds_differ(on_gpu: Callable[[str, str], Engine]) -> None:
-    engine = on_gpu("flan", "bf16")
-    one, other = (engine.generate([5, 6, 1], replace(PARAMS, seed=None)) for _ in range(2))
-    assert [each.token_ids for each in one] != [each.token_ids for each in other]

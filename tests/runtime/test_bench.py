@@ -6,13 +6,16 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from ramekin import Engine
 from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
+from ramekin.cli import main
 from ramekin.manifest import COMPACT_DECODER, FileRecord, Manifest
 from tests.runtime.conftest import TINY_MODEL
 from tests.runtime.test_cli import run as command
@@ -110,3 +113,38 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert (status, err) == (0, "")
     assert "first token" in out
     assert "GB/s" in out
+
+
+def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No threads are tried, and the processor's ceiling is not told. (An engine on the CPU that says otherwise.)"""
+    load, loaded = Engine.load, []
+
+    def elsewhere(*arguments: Any) -> Engine:
+        engine = load(*arguments)
+        engine.provider = "cuda"
+        loaded.append(engine)
+        return engine
+
+    monkeypatch.setattr(Engine, "load", elsewhere)
+    monkeypatch.setattr(Ceiling, "measure", None)
+    options = ["bench", str(TINY_MODEL), "--source", "40", "--tokens", "5", "--repeat", "1", "-n", "2"]
+    main([*options, "--json"])
+    assert len(loaded) == 2  # one of them asked where
+    result = json.loads(capsys.readouterr().out)
+    assert (result["provider"], result["threads_tried_s"], result["ceiling"]) == ("cuda", {}, None)
+    assert result["jobs"][0]["of_the_ceiling"] is None
+    main(options)
+    page = capsys.readouterr().out
+    assert "first token" in page
+    assert "GB/s" not in page
+    assert "tried" not in page
+
+
+def test_commands_let_onnxruntime_log_errors_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library does not."""
+    seen: list[int] = []
+    monkeypatch.setattr(onnxruntime, "set_default_logger_severity", seen.append)
+    Engine.load(TINY_MODEL)
+    assert not seen
+    main(["bench", str(TINY_MODEL), "--source", "9", "--tokens", "2", "--repeat", "1", "-n", "1", "--threads", "1"])
+    assert seen == [3]

@@ -171,10 +171,10 @@ def test_some_memory_is_kept_for_the_next_job(cuda: Engine) -> None:
 
 # As onnxruntime 1.31.1 words it: what matters stands behind hundreds of characters.
 OUT_OF_MEMORY = (
-    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running Attention node. "
-    "Name:'decoder.block.0.layer.0.SelfAttention.heads/Attention' Status Message: /onnxruntime_src/onnxruntime/core/"
-    "framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) Failed "
-    "to allocate "
+    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running MultiHeadAttention node. "
+    "Name:'decoder.block.0.layer.0.SelfAttention.heads/MultiHeadAttention' Status Message: /onnxruntime_src/onnxruntime/"
+    "core/framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) "
+    "Failed to allocate "
     "memory for requested buffer of size 1099511627776"
 )
 
@@ -273,14 +273,12 @@ def opened_as_on_a_gpu(
     return opened
 
 
-@pytest.mark.parametrize("providers", [("cuda", "cpu"), ("cuda",)])
-def test_settings_of_cuda(providers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32-cuda", "0"), ("bf16", "1"), ("fp16", "1")])
+def test_settings_of_cuda(precision: str, tf32: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all is float32 it is exact; the decoder's steps are recorded."""
-    opened = opened_as_on_a_gpu(monkeypatch, replace(Manifest.load(CUDA_MODEL), providers=providers), records=True)
-    (_, encoder), (_, decoder) = opened
-    assert encoder["use_tf32"] == str(int("cpu" not in providers))
-    assert "enable_cuda_graph" not in encoder
-    assert decoder == {**encoder, "enable_cuda_graph": "1"}
+    opened = opened_as_on_a_gpu(monkeypatch, replace(Manifest.load(CUDA_MODEL), precision=precision), records=True)
+    expected = {"device_id": "0", "use_tf32": tf32, "arena_extend_strategy": "kSameAsRequested"}
+    assert opened == [(ENCODER, expected), (DECODER, {**expected, "enable_cuda_graph": "1"})]
 
 
 def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
