@@ -36,8 +36,7 @@ What is left out: **not rotated** leaves the residual stream in its own basis, w
 block); **scales by token** does so in the rotated one; **not folded** leaves the scales between values and output, `wi_1` and `wo`, as
 the checkpoint has them; **one scale for all tokens** is in front of `o` and `wo` of the encoder, whose other layers have a constant;
 **keys and values in floats** is what an onnxruntime before 1.30 computes: all other rows of ours (naive ones aside) keep each sample's own
-in int8, and read the prompt's so as well, as up to four samples do. (On the larger model's twins the rows that
-leave something out are older and keep a sample's own in floats.) **o and wo in blocks of 128** are the decoder's, with 8 bits for each row and block of their inputs instead of 16.
+in int8, and read the prompt's so as well, as up to four samples do. **o and wo in blocks of 128** are the decoder's, with 8 bits for each row and block of their inputs instead of 16.
 
 Settings of the others: bitsandbytes as the model card loads it (`load_in_4bit`, compute in bfloat16; its `wo` and head stay in
 float32, as transformers arranges), PyTorch's dynamic int8 of all linear layers, optimum's `avx512_vnni` per channel, CTranslate2
