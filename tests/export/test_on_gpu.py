@@ -17,7 +17,7 @@ from ramekin.provider import cuda_problem
 from ramekin_export.formats import FORMATS
 from ramekin_export.pipeline import export
 from ramekin_export.verify import Checks
-from tests.export.test_cuda import divergence
+from tests.export.test_cuda import assert_same_samples, divergence
 from tests.export.test_parity import cases, load_reference, reference_logits
 from tests.export.variants import VARIANTS
 
@@ -76,28 +76,18 @@ def gpu_logits(model: torch.nn.Module, source: np.ndarray, target: np.ndarray) -
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("together", [16, 2])
 def test_samples_equal_the_cpus(
-    variant: str, on_gpu: Callable[[str, str], Engine], exported: Callable[[str, str], Engine]
+    variant: str,
+    together: int,
+    on_gpu: Callable[[str, str], Engine],
+    exported: Callable[[str, str], Engine],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Token by token in float32, alone and several prompts at once."""
-    ours, cuda = exported(variant, "fp32"), on_gpu(variant, "fp32-cuda")
-    sources = [source for source, _ in cases(VARIANTS[variant]["vocab_size"])]
-    together = cuda.generate_many(sources, PARAMS)
-    for source, many in zip(sources, together, strict=True):
-        expected = ours.generate(source, PARAMS)
-        assert [each.token_ids for each in many] == [each.token_ids for each in expected]
-        assert [each.token_ids for each in cuda.generate(source, PARAMS)] == [each.token_ids for each in expected]
-
-
-def test_more_prompts_than_fit_into_one_job(
-    on_gpu: Callable[[str, str], Engine], exported: Callable[[str, str], Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cuda = on_gpu("flan", "fp32-cuda")
-    monkeypatch.setattr(cuda.model, "prompts_at_once", 2)
-    sources = [source for source, _ in cases(512)] * 2
-    for source, found in zip(sources, cuda.generate_many(sources, PARAMS), strict=True):
-        expected = exported("flan", "fp32").generate(source, PARAMS)
-        assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    """In float32, also where there are more prompts than one job takes."""
+    cuda = on_gpu(variant, "fp32-cuda")
+    monkeypatch.setattr(cuda.model, "prompts_at_once", together)
+    assert_same_samples(exported(variant, "fp32"), cuda, variant)
 
 
 @pytest.mark.parametrize("precision", ["fp32-cuda", "bf16", "fp16"])
