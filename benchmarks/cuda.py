@@ -32,7 +32,7 @@ from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
 from ramekin import Engine, SamplingParams
 from ramekin.bench import Job, Timing
 from ramekin.bench import run as run_ours
-from ramekin.manifest import DECODER, PROVIDERS
+from ramekin.manifest import DECODER, PROVIDERS, Manifest
 from ramekin.session import onnxruntime
 from ramekin_export.fidelity import compare_rows
 from ramekin_export.pipeline import export
@@ -125,14 +125,14 @@ class Suite:
 
     def times(self) -> dict[str, Any]:
         """The job with ours and PyTorch's models."""
-        runs = {f"ramekin {each}": self._ours(each) for each in self.precisions}
-        return self._in_turn({**runs, **{f"transformers {kind}": self._peers(kind) for kind in PEERS}}, self._job)
+        runs = {f"ramekin {each}": self._run_of_ours(each) for each in self.precisions}
+        return self._in_turn({**runs, **{f"transformers {kind}": self._run_of_peer(kind) for kind in PEERS}}, self._job)
 
     def one_sample(self) -> dict[str, Any]:
         """The same with a single sample, for those that matter most."""
-        peers = {f"transformers {kind}": self._peers(kind) for kind in PEERS[:2]}
+        peers = {f"transformers {kind}": self._run_of_peer(kind) for kind in PEERS[:2]}
         best = self.precisions[0]
-        return self._in_turn({f"ramekin {best}": self._ours(best), **peers}, replace(self._job, n=1))
+        return self._in_turn({f"ramekin {best}": self._run_of_ours(best), **peers}, replace(self._job, n=1))
 
     def optimum(self) -> dict[str, Any]:
         """The job with optimum's own export, in float32 as it comes; it takes heads of d_model / heads, which small FLAN-T5 has not."""
@@ -141,7 +141,7 @@ class Suite:
         provider = PROVIDERS[self._provider]
         model = ORTModelForSeq2SeqLM.from_pretrained(self._checkpoint, export=True, provider=provider, use_io_binding=True)
         best = self.precisions[0]
-        runs = {f"ramekin {best}": self._ours(best), "optimum float32": partial(self._run_peer, model)}
+        runs = {f"ramekin {best}": self._run_of_ours(best), "optimum float32": partial(self._run_peer, model)}
         return self._in_turn(runs, self._job)
 
     def _in_turn(self, runs: Mapping[str, Run], job: Job) -> dict[str, Any]:
@@ -161,10 +161,10 @@ class Suite:
         ratios = {name: row["job_s"] / found[best]["job_s"] for name, row in found.items() if not name.startswith("ramekin")}
         return {"best": best, **found, "times as fast": ratios}
 
-    def _ours(self, precision: str) -> Run:
+    def _run_of_ours(self, precision: str) -> Run:
         return partial(run_ours, self.ours(precision, self._provider))
 
-    def _peers(self, kind: str) -> Run:
+    def _run_of_peer(self, kind: str) -> Run:
         return partial(self._run_peer, self.peer(kind))
 
     def limit(self) -> dict[str, float]:
@@ -174,12 +174,12 @@ class Suite:
         block = torch.ones(1 << (30 if self._provider == "cuda" else 28), dtype=torch.float32, device=self._provider)
         seconds = min(self._timed(lambda: block.sum().item()) for _ in range(5))
         bandwidth = block.nbytes / seconds
-        precision = self.precisions[0]
-        engine = self.ours(precision, self._provider)
-        dims, wide = engine.manifest.dims, 4 if precision == "fp32-cuda" else 2
-        inner, job = dims.num_heads * dims.head_dim, self._job
+        precision, job = self.precisions[0], self._job
+        manifest = Manifest.load(self._folder / precision)
+        dims, wide = manifest.dims, 4 if precision == "fp32-cuda" else 2
+        inner = dims.num_heads * dims.head_dim
         cached = 2 * dims.decoder_layers * inner * wide * (job.source + job.n * job.tokens // 2)
-        needed = engine.manifest.files["decoder.bin"].bytes + cached
+        needed = manifest.files["decoder.bin"].bytes + cached
         return {"bandwidth": bandwidth, "bytes": needed}
 
     def memory(self) -> dict[str, float]:
@@ -294,10 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             began = time.perf_counter()
             try:
                 result[part] = getattr(suite, part)()
+                json.dumps(result[part], allow_nan=False)  # numbers that are none are a failure of this part
             except Exception as error:  # the other parts are worth having
                 result[part] = {"error": f"{type(error).__name__}: {error}"[:2000]}
             print(f"{part}: {time.perf_counter() - began:.0f} s  {json.dumps(result[part])[:600]}", flush=True)
-            a.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            a.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_float32_logits_agree(variant: str, on_gpu: Callable[[str, str], Engine]
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_half_precision_loses_no_more_than_that_of_transformers(
+def test_half_precision_is_as_close_as_that_of_transformers(
     variant: str, precision: str, on_gpu: Callable[[str, str], Engine], checkpoint: Callable[[str], Path]
 ) -> None:
     """KL from float32, at most 1.2 times that of transformers' model, cast to it."""
