@@ -17,26 +17,24 @@ import onnxruntime as ort
 
 from ramekin import Engine
 from ramekin.bench import Job, run
-from ramekin.manifest import COMPACT_DECODER, ENCODER
-from ramekin.model import Model, decoder_graph
+from ramekin.model import Model, graphs, reads_compact
 
 
 def profile(folder: Path, job: Job, threads: int) -> dict[str, dict[str, float]]:
     """Kernel time by operator: of the whole prompt for the encoder, of one step for the decoder, in milliseconds."""
     engine = Engine.load(folder, threads=threads)
     with tempfile.TemporaryDirectory() as scratch:
-        sessions = []
-        graphs = ENCODER, decoder_graph(ort, engine.manifest)
-        for graph in graphs:
+        compact, sessions = reads_compact(ort, engine.manifest), []
+        for graph in graphs(compact):
             options = ort.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / graph)
             sessions.append(ort.InferenceSession(str(folder / graph), options, providers=["CPUExecutionProvider"]))
-        model = Model(ort, *sessions, engine.manifest, graphs[1] == COMPACT_DECODER, threads)
+        model = Model(ort, *sessions, engine.manifest, compact)
         run(Engine(model, engine.tokenizer, engine.manifest), job)
         result = {}
-        for graph, session, runs in zip(graphs, sessions, (1, job.tokens), strict=True):
+        for graph, session, runs in zip(graphs(compact), sessions, (1, job.tokens), strict=True):
             events = json.loads(Path(session.end_profiling()).read_text())
             spent: Counter[str] = Counter()
             for event in events:

@@ -48,7 +48,6 @@ class Ramekin:
         model, start = self.engine.model, self.engine.manifest.tokens.start
         longest = max(map(len, targets))
         cache = model.new_cache(model.prefill(source), len(targets), longest, 1)
-        model.compact(cache)  # the prompt in int8 if the recipe has that, though only few samples get it
         fed = np.full((len(targets), longest), start)
         for row, target in zip(fed, targets, strict=True):
             row[1 : len(target)] = target[:-1]

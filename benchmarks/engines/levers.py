@@ -36,7 +36,7 @@ class Levers(Ours):
         self._engine.manifest = replace(self._engine.manifest, max_source_tokens=1 << 16)
         model: Any = self._engine.model
         if not self._shared:
-            assert not model.compacts  # nor does float32: its decoder can be put in another's place
+            assert not model.compact  # nor is float32: its decoder can be put in another's place
             model._decoder = _unshared(folder, self._engine.manifest, threads)
         self._engine.model = _Slow(model, self._shared, self._in_place)  # type: ignore[assignment]
 
@@ -56,7 +56,7 @@ class _Slow:
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
         if not self._shared:
-            cross = Cross(tuple(np.repeat(array, rows, axis=0) for array in cross.arrays))
+            cross = Cross({name: np.repeat(array, rows, axis=0) for name, array in cross.arrays.items()})
         cache: Cache = self._model.new_cache(cross, rows, capacity, candidates)
         return cache
 

@@ -23,6 +23,9 @@ from ramekin_export.layers import add_and_norm, decoder_bias_table, feed_forward
 from ramekin_export.recipe import Recipe, names, project
 from ramekin_export.weights import Weights
 
+CROSS_ATTENTION = "folded", "rows", "scores", "shares", "mixed", "by_sample", "heads"
+"""The values between a layer's queries to the prompt and what it makes of them, in their order."""
+
 
 def build_decoder(
     c: Weights, config: T5Config, recipe: Recipe, head: Head, embedding: TensorProto, weights: WeightFile
@@ -90,7 +93,7 @@ def self_attention_at(layer: int) -> str:
 
 
 def cross_attention_at(layer: int) -> str:
-    """The name of a layer's attention to the prompt. Its queries go into `.folded`, what it makes of them is `.heads`."""
+    """The name of a layer's attention to the prompt. Its queries are `.q`, what it makes of them is `.heads`."""
     return f"decoder.block.{layer}.layer.1.EncDecAttention"
 
 

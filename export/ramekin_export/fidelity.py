@@ -98,8 +98,7 @@ def compare(
 ) -> list[Doubles]:
     """For each prompt let the reference write `params.n` samples, and compare both models' predictions at every step.
 
-    Both models have to be in memory; nothing is kept but four numbers for each token. Half of the
-    steps are computed as many samples do, the other half as few, which read the prompt in int8 if the model can.
+    Both models have to be in memory; nothing is kept but four numbers for each token.
 
     Args:
         reference: the float32 model.
@@ -122,8 +121,6 @@ def compare(
         histories = [[reference.manifest.tokens.start] for _ in range(params.n)]
         alive, rows = np.ones(params.n, bool), []
         for step in range(params.max_new_tokens):
-            if step == params.max_new_tokens // 2:
-                model.model.compact(caches[1])
             last = [history[-1] for history in histories]
             wanted = reference.model.step(last, caches[0])
             given = model.model.step(last, caches[1])

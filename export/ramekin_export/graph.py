@@ -83,6 +83,7 @@ class GraphBuilder:
         self._inputs: dict[str, onnx.ValueInfoProto] = {}
         self._outputs: dict[str, onnx.ValueInfoProto] = {}
         self._initializers: dict[str, TensorProto] = {}
+        self._folder = Path()
 
     @classmethod
     def read(cls, path: Path) -> tuple[GraphBuilder, list[onnx.NodeProto]]:
@@ -90,6 +91,7 @@ class GraphBuilder:
         model = onnx.load(path, load_external_data=False)
         opset = next(each.version for each in model.opset_import if not each.domain)
         g = cls(model.graph.name, None, opset)
+        g._folder = path.parent
         g._inputs = {each.name: each for each in model.graph.input}
         g._outputs = {each.name: each for each in model.graph.output}
         g._initializers = {each.name: each for each in model.graph.initializer}
@@ -103,6 +105,12 @@ class GraphBuilder:
     def output(self, name: str, dtype: npt.DTypeLike, shape: Shape) -> None:
         """Declare that the value `name` is an output, or declare it anew."""
         self._outputs[name] = helper.make_tensor_value_info(name, element_type(dtype), list(shape))
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Declare inputs or outputs to be none."""
+        for name in names:
+            self._inputs.pop(name, None)
+            self._outputs.pop(name, None)
 
     def constant(self, name: str, value: npt.ArrayLike, dtype: type = np.int64) -> str:
         """A small constant inside the `.onnx` file; asking twice gives the same one."""
@@ -120,6 +128,11 @@ class GraphBuilder:
         """A weight that already lies in some file."""
         self._initializers[tensor.name] = tensor
         return str(tensor.name)
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """A constant or a weight of a graph that was read."""
+        array: npt.NDArray[Any] = numpy_helper.to_array(self._initializers[name], str(self._folder))
+        return array
 
     def node(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
         """Add a node with one output."""
@@ -140,12 +153,13 @@ class GraphBuilder:
 
     def save(self, path: Path) -> None:
         """Write the `.onnx` file."""
+        read = {name for node in self._nodes for name in node.input}  # onnxruntime warns of weights that nobody reads
         graph = helper.make_graph(
             self._nodes,
             self._name,
             list(self._inputs.values()),
             list(self._outputs.values()),
-            initializer=list(self._initializers.values()),
+            initializer=[tensor for name, tensor in self._initializers.items() if name in read],
         )
         opsets = [helper.make_opsetid("", self._opset), helper.make_opsetid(MICROSOFT, 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSIONS[self._opset])

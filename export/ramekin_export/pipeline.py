@@ -20,9 +20,9 @@ from ramekin.quality import check
 from ramekin.session import onnxruntime
 from ramekin_export.calibrate import calibrate
 from ramekin_export.checkpoint import Checkpoint
-from ramekin_export.compact import add_compact
+from ramekin_export.compact import Units, add_compact
 from ramekin_export.formats import PRECISIONS
-from ramekin_export.kv_scales import measured_scales
+from ramekin_export.reach import measured_reach
 from ramekin_export.recipe import RECIPES, Recipe
 from ramekin_export.target import check_target, scratch, whole_or_not_at_all
 from ramekin_export.verify import Checks, judge
@@ -86,8 +86,8 @@ def export(
         if compact:
             manifest = replace(manifest, golden=golden.record(Engine.load(folder)))  # for an older onnxruntime
             with suppress(RamekinError):  # it cannot write samples: verification tells of that
-                scales = measured_scales(folder, seen, partial(progress, "measure keys, values"))
-                manifest = add_compact(folder, manifest, scales)
+                reach = measured_reach(folder, seen, partial(progress, "measure keys, values"))
+                manifest = add_compact(folder, manifest, Units.of(reach))
             save(folder, manifest)
         able = _runs_here(manifest.onnxruntime)  # graphs for CUDA need a newer one
         here = able and "cpu" in manifest.providers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,8 +44,8 @@ class Timing:
         step_p95_ms: the same, 95th percentile.
         job_s: from the call to the last token.
         tokens_per_s: tokens of all samples by the job's time.
-        python_share: the part of the steps that is not spent in the model's `step` (and, once, `compact`): choosing tokens,
-            text, events. What `step` itself does in Python, some 20 microseconds with our graphs, is not in it.
+        python_share: the part of the steps that is not spent in the model's `step`: choosing tokens, text, events. What
+            `step` itself does in Python, some 20 microseconds with our graphs, is not in it.
     """
 
     first_token_s: float
@@ -71,7 +71,7 @@ class Timing:
 
 
 class _Clock:
-    """A model whose steps are timed, the one rounding of the prompt between them included."""
+    """A model whose steps are timed."""
 
     def __init__(self, model: Any) -> None:
         self._model, self.seconds = model, 0.0
@@ -81,15 +81,8 @@ class _Clock:
 
     def step(self, *arguments: Any) -> Any:
         """The model's own step."""
-        return self._timed(self._model.step, *arguments)
-
-    def compact(self, *arguments: Any) -> None:
-        """The model's own rounding."""
-        self._timed(self._model.compact, *arguments)
-
-    def _timed(self, work: Callable[..., Any], *arguments: Any) -> Any:
         began = time.perf_counter()
-        result = work(*arguments)
+        result = self._model.step(*arguments)
         self.seconds += time.perf_counter() - began
         return result
 

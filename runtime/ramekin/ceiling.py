@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ramekin.cache import FEW_ROWS, WORTH_STEPS
-from ramekin.manifest import COMPACT_DECODER, Dims, Manifest, VersionRange
+from ramekin.manifest import Dims, Manifest, VersionRange
 from ramekin.session import onnxruntime
 
 _BUFFER = 256 << 20
@@ -69,8 +68,9 @@ class Work:
         """Seconds for a step in the middle of the job."""
         dims, inner, position = self.manifest.dims, _inner(self.manifest.dims), self.tokens // 2
         weights = dims.decoder_layers * (6 * dims.d_model * inner + self._forward(dims)) + dims.vocab_size * dims.d_model
-        attention = dims.decoder_layers * 4 * (self.source + position) * inner
-        computing = self.n * (2 * weights / self._rate(ceiling) + attention / ceiling.float32)
+        attention = dims.decoder_layers * 4 * inner
+        prompt = self.source * attention / (ceiling.int8 if self.manifest.compact else ceiling.float32)
+        computing = self.n * (2 * weights / self._rate(ceiling) + prompt + position * attention / ceiling.float32)
         moved = _bytes(self.manifest, "decoder") + self.cached_bytes(position)
         return max(computing, moved / ceiling.bandwidth)
 
@@ -84,10 +84,8 @@ class Work:
 
     def cached_bytes(self, position: int) -> int:
         """Bytes of keys and values: the prompt's, once, and n samples' of `position` tokens."""
-        dims, compact = self.manifest.dims, COMPACT_DECODER in self.manifest.files
-        few = compact and self.n <= FEW_ROWS and self.tokens > WORTH_STEPS * self.n  # else the prompt is read in floats
-        prompt, own = (1 if few else 4) * self.source, (1 if compact else 4) * self.n * position
-        return 2 * dims.decoder_layers * _inner(dims) * (prompt + own)
+        dims, width = self.manifest.dims, 1 if self.manifest.compact else 4
+        return 2 * dims.decoder_layers * _inner(dims) * width * (self.source + self.n * position)
 
     def _forward(self, dims: Dims) -> int:
         return (2 if self.manifest.variant == "t5-v1.0" else 3) * dims.d_model * dims.d_ff

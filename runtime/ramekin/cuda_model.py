@@ -92,7 +92,7 @@ class CudaCache:
 class CudaModel:
     """An encoder and a decoder graph of the layout "cuda" that agree with a manifest. One thread at a time computes."""
 
-    compacts = False
+    compact = False
 
     def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, device: str) -> None:
         """Take open sessions; `device` is where their inputs and outputs lie, "cuda" or "cpu"."""
@@ -167,9 +167,6 @@ class CudaModel:
         held = _rounded_up(capacity, CAPACITY_STEP)
         plan = Plan.of_samples(self.dims, self._floats, rows, held, min(candidates, self.dims.vocab_size))
         return self._twice(lambda: CudaCache(self._pool, plan, cross, rows, held), plan.bytes)
-
-    def compact(self, cache: CudaCache) -> None:
-        """Leave the prompt as it is."""
 
     def step(self, token_ids: Ids, cache: CudaCache) -> Logits:
         """Feed one token to each running sample of `cache`, which grows by one position.

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ramekin.cache import FEW_ROWS, WORTH_STEPS, Floats
+from ramekin.cache import Floats
 from ramekin.cuda_model import CudaModel
 from ramekin.errors import ModelFormatError
 from ramekin.manifest import MANIFEST, PROVIDERS, TOKENIZER, Manifest, VersionRange
@@ -121,8 +121,7 @@ class Engine:
         """Generate samples of one prompt, telling each token and, after its last token, each finished sample.
 
         Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic: in
-        int8 and int4, kernels for one row and for many differ in the last bit, and the last four samples that run may read
-        the prompt's keys and values in int8, which now and then makes another token.
+        int8 and int4, kernels for one row and for many differ in the last bit, which now and then makes another token.
 
         Args:
             source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a warning.
@@ -178,9 +177,6 @@ class Engine:
             for i in range(params.n)
         ]
         while running:
-            worth = params.max_new_tokens - cache.length >= WORTH_STEPS * len(running)
-            if cache.length and len(running) <= FEW_ROWS and worth:  # nobody waits longer for the first token
-                self.model.compact(cache)
             logits = self.model.step([sample.history[-1] for sample in running], cache)
             step_draws = draws[[sample.index for sample in running], cache.length - 1]
             histories = [sample.history for sample in running]
@@ -196,7 +192,7 @@ class Engine:
             if len(stay) < len(running):
                 running = [running[row] for row in cache.keep(stay)] if stay else []
 
-    def logits(self, source: Source, target_ids: Sequence[int] | npt.NDArray[np.integer], compact: bool = False) -> Floats:
+    def logits(self, source: Source, target_ids: Sequence[int] | npt.NDArray[np.integer]) -> Floats:
         """Teacher-forced logits, `(target, vocab)` float32.
 
         Row t is what the model predicts for `target_ids[t]`, having seen the start token and `target_ids[:t]`.
@@ -204,12 +200,9 @@ class Engine:
         Args:
             source: a prompt as text or as token ids.
             target_ids: the tokens whose predictions are asked for.
-            compact: read the prompt in int8, as few samples do, if the model can.
         """
         target = self._checked(target_ids)
         cache = self.model.new_cache(self.model.prefill(self.source_ids(source)), 1, len(target), 1)
-        if compact:
-            self.model.compact(cache)
         rows = [
             self.model.step([token], cache).full[0].copy() for token in (self.manifest.tokens.start, *target[:-1].tolist())
         ]

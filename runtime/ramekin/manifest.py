@@ -19,8 +19,8 @@ _MOST_LAYERS = 1024
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes, and what ONNX Runtime calls it."""
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
-COMPACT_DECODER = "decoder_compact.onnx"
-"""The decoder once more, over the same weights: it keeps keys and values in int8, and also takes the prompt's so."""
+COMPACT_ENCODER, COMPACT_DECODER = "encoder_compact.onnx", "decoder_compact.onnx"
+"""Both graphs once more, over the same weights, with keys and values in 8 bits."""
 
 DEFAULT_PROMPT = (
     "Generate Question, Answer pair correspond to the following research paper. "
@@ -31,14 +31,11 @@ DEFAULT_PROMPT = (
 # Tensor names. The encoder graph: input_ids (1, S) int64 -> cross_key_i (1, heads, S, head_dim), cross_value_i (1,
 # heads, head_dim, S). The decoder graph: token_ids (n, 1) int64, past_lengths (n,) int32, top_k (1,) int64, past_key_i,
 # past_value_i (n, heads, capacity, head_dim), cross_* -> logits (n, vocab), top_values and top_ids (n, top_k),
-# present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32. The compact decoder graph
-# has past_* and present_* in int8. It has these inputs besides: float_rows (1,) and compact_rows (1,) int64,
-# compact_scales (2 * layers, heads, 1, head_dim), compact_key_i, compact_value_i (1, heads, S, head_dim) int8; and outputs
-# kept_key_i, kept_value_i, bound to compact_*.
+# present_key_i, present_value_i, which are bound to the memory of past_*. All floats are float32. The compact
+# graphs have other cross_*, see `compact_shapes`, and past_* and present_* in int8.
 INPUT_IDS = "input_ids"
 TOKEN_IDS, PAST_LENGTHS, TOP_K = "token_ids", "past_lengths", "top_k"
 LOGITS, TOP_VALUES, TOP_IDS = "logits", "top_values", "top_ids"
-FLOAT_ROWS, COMPACT_ROWS, COMPACT_SCALES = "float_rows", "compact_rows", "compact_scales"
 # Graphs for CUDA have others of other shapes, see `build_cuda_encoder` and `build_cuda_decoder`, and these besides.
 SOURCE_LENGTHS, POSITIONS, DISTANCES, UNFOLDED = "source_lengths", "positions", "distances", "unfolded"
 TOP_LOGPROBS = "top_logprobs"
@@ -59,14 +56,20 @@ def cross_shapes(dims: Dims, source: Size) -> dict[str, tuple[int | Size, ...]]:
     return {name: (keys, values)[i % 2] for i, name in enumerate(cross_names(dims.decoder_layers))}
 
 
-def compact_names(layers: int) -> list[str]:
-    """The same keys and values in int8, in the order of `cross_names`."""
-    return [f"compact_{part}_{i}" for i in range(layers) for part in ("key", "value")]
+def compact_shapes(dims: Dims, source: Size) -> dict[str, tuple[int | Size, ...]]:
+    """The same for the compact graphs: keys and values in 8 bits, each with what a unit stands for and what stands for 0."""
+    shapes: dict[str, tuple[int | Size, ...]] = {}
+    for i, name in enumerate(cross_names(dims.decoder_layers)):
+        values = bool(i % 2)
+        shapes[name] = (dims.num_heads, source, dims.head_dim) if values else (dims.num_heads, dims.head_dim, source)
+        shapes[f"{name}_scale"] = (dims.num_heads, 1, dims.head_dim) if values else ()
+        shapes[f"{name}_zero"] = ()
+    return shapes
 
 
-def kept_names(layers: int) -> list[str]:
-    """The same as outputs, which the compact decoder's operator insists on and does not change."""
-    return [f"kept_{part}_{i}" for i in range(layers) for part in ("key", "value")]
+def compact_type(name: str) -> str:
+    """The type of one of `compact_shapes`."""
+    return "float32" if name.endswith("_scale") else "int8" if "value" in name else "uint8"
 
 
 def past_names(layers: int) -> list[str]:
@@ -232,6 +235,11 @@ class Manifest:
         for name in self.files:
             if name != Path(name).name or name in ("", ".", "..", MANIFEST) or "\\" in name or not name.isprintable():
                 raise ModelFormatError(f"files must be plain names inside the folder, not {name!r}")
+
+    @property
+    def compact(self) -> bool:
+        """Whether there are compact graphs too; one of the pair, as in folders of an earlier form, is of no use."""
+        return {COMPACT_ENCODER, COMPACT_DECODER} <= self.files.keys()
 
     def to_json(self) -> str:
         """The text of `manifest.json`."""

@@ -12,15 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ramekin.cache import Cache, CompactCross, Cross, Floats
+from ramekin.cache import Cache, Cross, Floats
 from ramekin.errors import ModelFormatError
 from ramekin.manifest import (
     COMPACT_DECODER,
-    COMPACT_ROWS,
-    COMPACT_SCALES,
+    COMPACT_ENCODER,
     DECODER,
     ENCODER,
-    FLOAT_ROWS,
     INPUT_IDS,
     LOGITS,
     PAST_LENGTHS,
@@ -30,20 +28,20 @@ from ramekin.manifest import (
     TOP_VALUES,
     Dims,
     Manifest,
+    Size,
     VersionRange,
-    compact_names,
-    cross_names,
+    compact_shapes,
+    compact_type,
     cross_shapes,
-    kept_names,
     past_names,
     present_names,
 )
 from ramekin.session import failure, onnxruntime, open_session
 
 Shapes = Mapping[str, tuple[int | None, ...]]
-_NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int8", "int32", "int64")}
+_NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int8", "uint8", "int32", "int64")}
 COMPACT_RUNTIMES = VersionRange(at_least="1.30.0")
-"""Versions of onnxruntime that have the operator of the compact decoder. Others compute with floats, which is slower."""
+"""Versions of onnxruntime that have the operators of the compact graphs. Others compute with floats, which is slower."""
 
 
 @dataclass(frozen=True)
@@ -81,21 +79,18 @@ class Steps(Protocol):
     Attributes:
         dims: sizes of the network.
         prompts_at_once: how many prompts `prefill` takes.
-        compacts: whether `compact` does anything.
+        compact: whether keys and values are kept in 8 bits.
     """
 
     dims: Dims
     prompts_at_once: int
-    compacts: bool
+    compact: bool
 
     def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Any:
         """Encode prompts, token ids each."""
 
     def new_cache(self, cross: Any, rows: int, capacity: int, candidates: int) -> Any:
         """An empty cache, with `length` and `keep` as those of `Cache`; the rows of each prompt stand side by side."""
-
-    def compact(self, cache: Any) -> None:
-        """Keep the prompt of a cache in int8 from now on, if the model can read that."""
 
     def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: Any) -> Logits:
         """Feed one token to each sample."""
@@ -106,41 +101,30 @@ class Model:
 
     prompts_at_once = 1  # several would only be padded to the longest: one fills every core
 
-    def __init__(
-        self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, compact: bool = False, threads: int = 1
-    ) -> None:
+    def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, compact: bool = False) -> None:
         """Check sessions of the two graphs.
 
         Args:
             ort: the onnxruntime module.
-            encoder: a session of `encoder.onnx`.
+            encoder: a session of `encoder.onnx`, or of `encoder_compact.onnx` ...
             decoder: a session of `decoder.onnx`, or of `decoder_compact.onnx` ...
             manifest: what the graphs have to agree with.
-            compact: ... which has further inputs.
-            threads: how many threads round keys and values.
+            compact: ... in which keys and values are of other types and shapes.
         """
-        self.dims = manifest.dims
-        self._ort, self._encoder, self._decoder, self._threads = ort, encoder, decoder, threads
-        layers = self.dims.decoder_layers
-        self._cross, self._past, self._present = cross_names(layers), past_names(layers), present_names(layers)
-        self._compact, self._kept = (compact_names(layers), kept_names(layers)) if compact else ([], [])
-        heads, width = self.dims.num_heads, self.dims.head_dim
-        crossed: Shapes = cross_shapes(self.dims, None)
-        cached: Shapes = dict.fromkeys(self._past + self._compact, (None, heads, None, width))
-        written: Shapes = dict.fromkeys(self._present + self._kept, (None, heads, None, width))
+        self.dims, self.compact = manifest.dims, compact
+        self._ort, self._encoder, self._decoder = ort, encoder, decoder
+        layers, heads, width = self.dims.decoder_layers, self.dims.num_heads, self.dims.head_dim
+        self._past, self._present = past_names(layers), present_names(layers)
+        cached: Shapes = dict.fromkeys(self._past, (None, heads, None, width))
+        written: Shapes = dict.fromkeys(self._present, (None, heads, None, width))
         small: Shapes = {TOKEN_IDS: (None, 1), PAST_LENGTHS: (None,), TOP_K: (1,)}
-        more: Shapes = (
-            {FLOAT_ROWS: (1,), COMPACT_ROWS: (1,), COMPACT_SCALES: (2 * layers, heads, 1, width)} if compact else {}
-        )
         ranked: Shapes = {LOGITS: (None, self.dims.vocab_size), TOP_VALUES: (None, None), TOP_IDS: (None, None)}
-        graph = COMPACT_DECODER if compact else DECODER
-        check_tensors(ENCODER, encoder.get_inputs(), {INPUT_IDS: (1, None)})
-        check_tensors(ENCODER, encoder.get_outputs(), crossed)
-        check_tensors(graph, decoder.get_inputs(), {**small, **more, **cached, **crossed})
-        check_tensors(graph, decoder.get_outputs(), {**ranked, **written})
-        types = {each.name: each.type for each in decoder.get_inputs()}
-        self._stored = np.int8 if types[self._past[0]] == "tensor(int8)" else np.float32
-        self.compacts, self._unused = compact, CompactCross.unused(self.dims)  # of sizes that graphs and manifest agree on
+        crossed: Shapes = self._crossed(None)
+        encodes, decodes = graphs(compact)
+        check_tensors(encodes, encoder.get_inputs(), {INPUT_IDS: (1, None)})
+        check_tensors(encodes, encoder.get_outputs(), crossed)
+        check_tensors(decodes, decoder.get_inputs(), {**small, **cached, **crossed})
+        check_tensors(decodes, decoder.get_outputs(), {**ranked, **written})
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest, provider: str, threads: int) -> Model:
@@ -151,21 +135,23 @@ class Model:
             RuntimeVersionError: onnxruntime is missing or of a version that the model does not support.
         """
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
-        graph = decoder_graph(ort, manifest)
+        compact = reads_compact(ort, manifest)
+        encodes, decodes = graphs(compact)
         # Opening a graph packs its weights with one thread, so both are opened at once.
         with ThreadPoolExecutor(2) as pool:
-            encoder = pool.submit(open_session, ort, folder / ENCODER, files, provider, threads, rests=True)
-            decoder = pool.submit(open_session, ort, folder / graph, files, provider, threads, rests=False)
-        return cls(ort, encoder.result(), decoder.result(), manifest, graph == COMPACT_DECODER, threads)
+            encoder = pool.submit(open_session, ort, folder / encodes, files, provider, threads, rests=True)
+            decoder = pool.submit(open_session, ort, folder / decodes, files, provider, threads, rests=False)
+        return cls(ort, encoder.result(), decoder.result(), manifest, compact)
 
     def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Cross:
         """Encode one prompt of S tokens and project it to every decoder layer's cross-attention keys and values."""
         (source_ids,) = prompts
         ids = np.asarray(source_ids, np.int64).reshape(1, -1)
-        cross = Cross.empty(self.dims, ids.shape[1])
+        shapes = self._crossed(ids.shape[1]).items()
+        cross = Cross({name: np.empty(shape, compact_type(name) if self.compact else "float32") for name, shape in shapes})
         binding = self._encoder.io_binding()
         binding.bind_ortvalue_input(INPUT_IDS, self._value(ids))
-        for name, array in zip(self._cross, cross.arrays, strict=True):
+        for name, array in cross.arrays.items():
             binding.bind_ortvalue_output(name, self._value(array))
         options = self._ort.RunOptions()
         # The scratch memory of a long prompt (heads * S * S floats and more) goes back before decoding starts.
@@ -175,7 +161,8 @@ class Model:
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
         """An empty cache for `rows` samples of at most `capacity` tokens; `candidates` is how many logits are ranked."""
-        return Cache(self.dims, cross, rows, capacity, min(candidates, self.dims.vocab_size), self._stored)
+        candidates = min(candidates, self.dims.vocab_size)
+        return Cache(self.dims, cross, rows, capacity, candidates, "int8" if self.compact else "float32")
 
     def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: Cache) -> Logits:
         """Feed one token to each of the n samples of `cache`, which grows by one position.
@@ -194,28 +181,15 @@ class Model:
         cache.length += 1
         return Logits.of(cache.logits, cache.top_values, cache.top_ids)
 
-    def compact(self, cache: Cache) -> None:
-        """Keep the prompt of `cache` in int8 from now on, if the graph can read that.
-
-        It cannot where there are more rows than tokens of the prompt. Rounding takes as long as 16 steps of one sample gain.
-        """
-        cross = cache.cross
-        if self.compacts and isinstance(cross, Cross) and cross.arrays[0].shape[2] >= cache.rows:
-            cache.cross, cache.binding = CompactCross.of(cross, self._threads), None
-
     def _bind(self, cache: Cache) -> tuple[Any, Any]:
         """A binding of the decoder to the arrays of `cache`, and what must live as long as it."""
         binding = self._decoder.io_binding()
         past = [self._value(array) for array in cache.past]
-        if isinstance(cache.cross, Cross):
-            cross, compact, counts = cache.cross, self._unused, (cache.rows, 1)  # no less than 1
-        else:
-            cross, compact, counts = Cross.empty(self.dims, 0), cache.cross, (0, cache.rows)
         inputs = [
             (TOKEN_IDS, self._value(cache.token_ids)),
             (PAST_LENGTHS, self._value(cache.past_lengths)),
             (TOP_K, self._value(np.array([cache.candidates], np.int64))),
-            *zip(self._cross, map(self._value, cross.arrays), strict=True),
+            *((name, self._value(array)) for name, array in cache.cross.arrays.items()),
             *zip(self._past, past, strict=True),
         ]
         outputs = [
@@ -224,29 +198,29 @@ class Model:
             (TOP_IDS, self._value(cache.top_ids)),
             *zip(self._present, past, strict=True),
         ]
-        if self.compacts:
-            arrays = [self._value(array) for array in compact.arrays]
-            inputs += [
-                (FLOAT_ROWS, self._value(np.array(counts[:1], np.int64))),
-                (COMPACT_ROWS, self._value(np.array(counts[1:], np.int64))),
-                (COMPACT_SCALES, self._value(compact.scales)),
-                *zip(self._compact, arrays, strict=True),
-            ]
-            outputs += zip(self._kept, arrays, strict=True)
         for name, value in inputs:
             binding.bind_ortvalue_input(name, value)
         for name, value in outputs:
             binding.bind_ortvalue_output(name, value)
         return binding, (inputs, outputs)
 
+    def _crossed(self, source: Size) -> Mapping[str, tuple[int | Size, ...]]:
+        """The shapes of keys and values of a prompt, by name."""
+        return (compact_shapes if self.compact else cross_shapes)(self.dims, source)
+
     def _value(self, array: npt.NDArray[Any]) -> Any:
         """An OrtValue on the array's own memory: what the graph writes is in the array, and the other way round."""
         return self._ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def decoder_graph(ort: Any, manifest: Manifest) -> str:
-    """Which of a folder's decoder graphs this onnxruntime can run: the compact one if there is one and it can."""
-    return COMPACT_DECODER if COMPACT_DECODER in manifest.files and ort.__version__ in COMPACT_RUNTIMES else DECODER
+def reads_compact(ort: Any, manifest: Manifest) -> bool:
+    """Whether a folder has compact graphs that this onnxruntime can run."""
+    return manifest.compact and ort.__version__ in COMPACT_RUNTIMES
+
+
+def graphs(compact: bool) -> tuple[str, str]:
+    """The names of the two graphs, compact or not."""
+    return (COMPACT_ENCODER, COMPACT_DECODER) if compact else (ENCODER, DECODER)
 
 
 def _run(session: Any, binding: Any, options: Any = None) -> None:

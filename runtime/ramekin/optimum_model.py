@@ -70,7 +70,7 @@ class OptimumModel:
     """
 
     prompts_at_once = 1
-    compacts = False
+    compact = False
 
     def __init__(self, ort: Any, encoder: Any, decoder: Any, with_past: Any | None, found: OptimumFolder) -> None:
         self._ort, self._encoder, self._decoder = ort, encoder, decoder
@@ -113,9 +113,6 @@ class OptimumModel:
     def new_cache(self, cross: Encoded, rows: int, capacity: int, candidates: int) -> OptimumCache:
         """An empty cache for `rows` samples; these graphs need no capacity."""
         return OptimumCache(self._ort, cross, rows, min(candidates, self.dims.vocab_size))
-
-    def compact(self, cache: OptimumCache) -> None:
-        """Leave the prompt as it is."""
 
     def step(self, token_ids: Sequence[int] | npt.NDArray[np.int64], cache: OptimumCache) -> Logits:
         """Feed one token to each of the n samples of `cache`, which grows by one position."""

@@ -16,7 +16,7 @@ from ramekin import Engine
 from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
 from ramekin.cli import main
-from ramekin.manifest import COMPACT_DECODER, FileRecord, Manifest
+from ramekin.manifest import COMPACT_DECODER, COMPACT_ENCODER, FileRecord, Manifest
 from tests.runtime.conftest import TINY_MODEL
 from tests.runtime.test_cli import run as command
 
@@ -62,10 +62,12 @@ def test_the_least_work_of_flan_t5_large(engine: Engine) -> None:
     memory = Ceiling(bandwidth=1.0, int8=math.inf, float32=math.inf)
     shared, own = 2 * 24 * 900 * 1024 * 4, 2 * 24 * 50 * 1024 * 4
     assert Work(manifest, 900, 16, 100).step_s(memory) == 385_000_000 + shared + 16 * own
-    compact = replace(manifest, files={**manifest.files, COMPACT_DECODER: FileRecord(bytes=1, sha256="")})
-    for n, prompt in ((1, shared / 4), (4, shared / 4), (5, shared)):  # few samples read it in int8, all their own
-        assert Work(compact, 900, n, 100).step_s(memory) == 385_000_000 + prompt + n * own / 4
-    assert Work(compact, 900, 4, 96).step_s(memory) == 385_000_000 + shared + 4 * own / 4 * 48 / 50  # not worth it
+    pair = dict.fromkeys((COMPACT_ENCODER, COMPACT_DECODER), FileRecord(bytes=1, sha256=""))
+    compact = replace(manifest, files={**manifest.files, **pair})
+    assert Work(compact, 900, 16, 100).step_s(memory) == 385_000_000 + (shared + 16 * own) / 4
+    slow = Ceiling(bandwidth=math.inf, int8=1e9, float32=1.0)  # floats alone take time: a sample's own, and the prompt's
+    assert Work(manifest, 900, 16, 100).step_s(slow) == pytest.approx(16 * 24 * 4 * 950 * 1024, rel=0.01)
+    assert Work(compact, 900, 16, 100).step_s(slow) == pytest.approx(16 * 24 * 4 * 50 * 1024, rel=0.01)
 
 
 def _large(manifest: Manifest) -> Manifest:
