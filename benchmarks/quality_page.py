@@ -35,8 +35,8 @@ of its own, compared with itself in float32; nf4, which rounds no activations, s
 What is left out: **not rotated** leaves the residual stream in its own basis, where scales have to be found by token (or row and
 block); **scales by token** does so in the rotated one; **not folded** leaves the scales between values and output, `wi_1` and `wo`, as
 the checkpoint has them; **one scale for all tokens** is in front of `o` and `wo` of the encoder, whose other layers have a constant;
-**keys and values in floats** is what an onnxruntime before 1.30 computes: all other rows of ours (naive ones aside) keep each sample's own
-in int8, and read the prompt's so as well, as up to four samples do. **o and wo in blocks of 128** are the decoder's, with 8 bits for each row and block of their inputs instead of 16.
+**keys and values in floats** is what an onnxruntime before 1.30 computes: all other rows of ours (naive ones aside) keep the prompt's and
+each sample's own in 8 bits. **o and wo in blocks of 128** are the decoder's, with 8 bits for each row and block of their inputs instead of 16.
 
 Settings of the others: bitsandbytes as the model card loads it (`load_in_4bit`, compute in bfloat16; its `wo` and head stay in
 float32, as transformers arranges), PyTorch's dynamic int8 of all linear layers, optimum's `avx512_vnni` per channel, CTranslate2

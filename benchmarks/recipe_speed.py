@@ -3,7 +3,7 @@
     python -m benchmarks.recipe_speed CHECKPOINT [--work FOLDER] [--source 900] [--threads 2]
 
 The plain recipe has one activation scale for a whole tensor in the encoder, and weights rounded to nearest. int4 is written
-without calibration, which changes its numbers and not its graph. All keys and values are floats: there is no compact decoder.
+without calibration, which changes its numbers and not its graph. All keys and values are floats: there are no compact graphs.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def export(
     """Turn a checkpoint into a model folder, whole or not at all.
 
     Calibration and verification run the model in float32, from a temporary folder beside `out`. Where onnxruntime is not
-    installed both are left out. So is the compact decoder where onnxruntime cannot run it: its scales are measured.
+    installed both are left out. So are the compact graphs where onnxruntime cannot run them: their scales are measured.
 
     Args:
         source: a folder as `save_pretrained` writes it, or a Hub id.

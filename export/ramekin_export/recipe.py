@@ -195,7 +195,7 @@ class Recipe:
         rotated: rewrite the weights first, see `rotate`.
         folded: rewrite the weights first, see `fold`.
         calibrated: round the decoder's weights by what its layers see.
-        compact: add a decoder that keeps keys and values in int8, see `compact`; `Writer` alone does not.
+        compact: add graphs that keep keys and values in 8 bits, see `compact`; `Writer` alone does not.
         most_divergence: mean KL divergence from float32, in nats per token, beyond which an export fails.
     """
 
