@@ -37,7 +37,10 @@ SHARES = 127
 """The largest share of attention in units. Its products with values, two at a time, fit the 16 bits that processors without
 VNNI add them up in; 255 units change no divergence."""
 _LEAST = np.float32(1e-30)  # of a channel that is zero everywhere
-_NARROWEST = np.float32(1e-3)  # channels that reach less far, next to the farthest of their layer, count as this far
+_NARROWEST = np.float32(
+    1e-3
+)  # channels of values that reach less far, next to the farthest of their layer, count as this far
+_EVENED = np.float32(1e-9)  # the same of queries and keys: one may be small because the other is large
 _SCALES = 12, 13  # the places of keys' and values' scales among the inputs of GroupQueryAttention
 _IN_INT8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8, "causal": 0}
 
@@ -74,7 +77,7 @@ class Units:
     def of(cls, reach: Reach) -> Units:
         """From what was seen."""
         centres = reach.keys.mean(axis=0)
-        queries, keys = _wide(reach.queries), _wide(reach.keys[1] - centres)
+        queries, keys = _wide(reach.queries, _EVENED), _wide(reach.keys[1] - centres, _EVENED)
         factors = np.sqrt(queries / keys)
         step = (queries / factors).max(axis=(1, 2)) / REACH
         return cls(
@@ -85,12 +88,12 @@ class Units:
             centres=centres,
             factors=factors,
             means=reach.mean_values,
-            widths=_wide(np.abs(reach.values - reach.mean_values).max(axis=0)),
+            widths=_wide(np.abs(reach.values - reach.mean_values).max(axis=0), _NARROWEST),
         )
 
 
-def _wide(reach: Floats) -> Floats:
-    wide: Floats = np.maximum(reach, np.maximum(reach.max(axis=(1, 2), keepdims=True) * _NARROWEST, _LEAST))
+def _wide(reach: Floats, narrowest: np.float32) -> Floats:
+    wide: Floats = np.maximum(reach, np.maximum(reach.max(axis=(1, 2), keepdims=True) * narrowest, _LEAST))
     return wide
 
 
@@ -235,11 +238,11 @@ def _attention(g: GraphBuilder, dims: Dims, units: Units, i: int, query: str) ->
 def _stretched(g: GraphBuilder, node: NodeProto, factor: Floats, centre: Floats | None = None) -> str:
     """`(x - centre) * factor`, by channel `(heads, head_dim)`, of what a projection computes.
 
-    Where that has scales for its outputs, it costs nothing.
+    Where that has scales for its outputs, and a place for an offset if there is one, it costs nothing.
     """
     result, factor = node.output[0], factor.reshape(-1)
     offset = None if centre is None else -centre.reshape(-1) * factor
-    place = {"MatMulIntegerToFloat": 3, "MatMulNBits": 2}.get(node.op_type)
+    place = {"MatMulIntegerToFloat": 3, "MatMulNBits": 2 if offset is None else None}.get(node.op_type)
     if place is None:
         g.add(node)
         stretched = g.node("Mul", [result, g.constant(f"{result}.factor", factor, np.float32)], f"{result}.stretched")
@@ -250,8 +253,7 @@ def _stretched(g: GraphBuilder, node: NodeProto, factor: Floats, centre: Floats 
     scaled = (scales.reshape(len(factor), -1) * factor[:, None]).reshape(scales.shape)
     constants = {place: g.constant(f"{result}.scales", scaled, np.float32)}
     if offset is not None:
-        assert len(node.input) == 5  # and of the operator that has a bias as its seventh
-        constants |= {5: "", 6: g.constant(f"{result}.offset", offset, np.float32)}
+        constants |= {6: g.constant(f"{result}.offset", offset, np.float32)}
     g.add(_changed(node, constants))
     return str(result)
 

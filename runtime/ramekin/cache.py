@@ -55,9 +55,7 @@ class Cache:
     top_values: Floats
     top_ids: npt.NDArray[np.int64]
 
-    def __init__(
-        self, dims: Dims, cross: Cross, rows: int, capacity: int, candidates: int, stored: npt.DTypeLike = np.float32
-    ) -> None:
+    def __init__(self, dims: Dims, cross: Cross, rows: int, capacity: int, candidates: int, stored: npt.DTypeLike) -> None:
         self.cross, self.length, self.capacity, self.candidates = cross, 0, capacity, candidates
         shape = (rows, dims.num_heads, capacity, dims.head_dim)
         self._memory: dict[str, npt.NDArray[Any]] = {

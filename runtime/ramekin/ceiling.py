@@ -47,7 +47,7 @@ class Work:
 
     A prompt of S tokens is encoded once, and projected once to the keys and values of every decoder layer. A step reads the
     decoder's weights and the prompt's keys and values once, for all n samples, and each sample's own. That is with an
-    onnxruntime that can read keys and values in int8.
+    onnxruntime that runs compact graphs if there are some; in these, attention to the prompt multiplies integers.
     """
 
     manifest: Manifest

@@ -30,6 +30,8 @@ from ramekin.manifest import (
     VersionRange,
     compact_shapes,
     compact_type,
+    past_names,
+    present_names,
 )
 from ramekin.model import COMPACT_RUNTIMES
 from ramekin_export.checkpoint import Checkpoint
@@ -38,7 +40,7 @@ from ramekin_export.decoder import CROSS_ATTENTION, cross_attention_at, self_att
 from ramekin_export.graph import GraphBuilder
 from ramekin_export.pipeline import export
 from ramekin_export.reach import SAMPLING, measured_reach
-from ramekin_export.recipe import RECIPES, Recipe
+from ramekin_export.recipe import RECIPES, Layers, PerBlock, Recipe
 from ramekin_export.verify import Checks, judge, prompts
 from ramekin_export.writer import Writer, save
 from tests.export.variants import VARIANTS
@@ -234,7 +236,7 @@ def test_the_compact_graphs_mean_what_they_round_to(
 
 
 def test_leaving_samples_change_nothing(engines: Callable[..., tuple[Engine, Engine, Units]]) -> None:
-    """Rows 1 and 3 of four go on as they would have alone; the prompt is given back."""
+    """Rows 1 and 3 of four go on as the float reference does; the prompt's memory is given back."""
     model, reference = (engine.model for engine in engines("flan")[:2])
     cross = model.prefill(SOURCE)
     caches = [model.new_cache(cross, 4, 12, 5), reference.new_cache(read_back(cross), 4, 12, 5)]
@@ -243,7 +245,7 @@ def test_leaving_samples_change_nothing(engines: Callable[..., tuple[Engine, Eng
         cache.keep([1, 3])
     for tokens in FED[1:]:
         agree(*(engine.step(tokens[:2], cache).full for engine, cache in zip((model, reference), caches, strict=True)))
-    kept = weakref.ref(cross)
+    kept = weakref.ref(cross.arrays["cross_key_0"])
     del cross, caches, cache
     assert kept() is None
 
@@ -293,7 +295,7 @@ def test_shares_too_small_for_a_unit_are_not_lost(
 
 
 def older(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if onnxruntime could not compute the graph."""
+    """As if onnxruntime could not compute the graphs."""
     for module in ("ramekin.model", "ramekin_export.pipeline"):
         monkeypatch.setattr(f"{module}.COMPACT_RUNTIMES", VersionRange(at_least="1.999.0"))
 
@@ -333,12 +335,7 @@ def test_nothing_is_written_that_cannot_be_looked_at(
 
 
 def test_only_quantized_exports_have_it(exported: Callable[[str, str], Engine]) -> None:
-    assert [exported("flan", precision).model.compact for precision in ("fp32", "int8", "int4", "fp32-cuda")] == [
-        False,
-        True,
-        True,
-        False,
-    ]
+    assert [exported("flan", precision).model.compact for precision in ("fp32", "int8", "int4")] == [False, True, True]
 
 
 @pytest.mark.parametrize("broken", [None, "MatMulIntegerToFloat", "GroupQueryAttention"])
@@ -424,6 +421,50 @@ def test_units_are_what_each_channel_reaches(checkpoint: Callable[[str], Path], 
         np.testing.assert_allclose((reach.queries[i] / units.queries[i]).max(), REACH, rtol=1e-5)
 
 
+def test_queries_reach_as_far_as_was_seen(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of the same samples again, by a decoder of its own: the largest size of every channel."""
+    folder = write(checkpoint("flan"), tmp_path / "model", "fp32", RECIPES["fp32"])
+    reach, engine = measured_reach(folder, PAPERS, lambda _done, _all: None), Engine.load(folder)
+    model, queries = onnx.load(folder / DECODER, load_external_data=False), [f"{cross_attention_at(i)}.q" for i in (0, 1)]
+    model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in queries)
+    (folder / "queries.onnx").write_bytes(model.SerializeToString())
+    decoder = onnxruntime.InferenceSession(folder / "queries.onnx", providers=["CPUExecutionProvider"])
+    largest = np.zeros((2, 4, 24), np.float32)
+    for number, source in enumerate(prompts(engine.tokenizer, engine.manifest, PAPERS, whole=True)):
+        cross: Any = engine.model.prefill(source)
+        samples = engine.generate(source, replace(SAMPLING, seed=number))
+        fed = np.array([(engine.manifest.tokens.start, *sample.token_ids)[:48] for sample in samples])
+        past = {name: np.zeros((8, 4, 48, 24), np.float32) for name in past_names(2)}
+        for step in range(48):
+            feed = {"token_ids": fed[:, [step]], "past_lengths": np.full(8, step, np.int32), "top_k": np.array([1])}
+            found = decoder.run([*present_names(2), *queries], {**feed, **past, **cross.arrays})
+            past = dict(zip(past, found[:4], strict=True))
+            for i, query in enumerate(found[4:]):
+                largest[i] = np.maximum(largest[i], np.abs(query.reshape(8, 4, 24)).max(axis=0))
+    np.testing.assert_allclose(reach.queries, largest, rtol=1e-5)
+
+
+def test_a_channel_may_be_large_because_another_is_small(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Keys a million times as large in one channel, with queries as much smaller: the same scores, as good in 8 bits."""
+    source = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    weights = load_file(source / "model.safetensors")
+    for part, factor in (("q", 1e-6), ("k", 1e6)):
+        weights[f"decoder.block.0.layer.1.EncDecAttention.{part}.weight"][3] *= factor
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    manifest = export(str(source), tmp_path / "model", "int8")
+    assert COMPACT_DECODER in manifest.files
+    assert manifest.quality["all"]["kl"] < 1e-3
+
+
+def test_a_recipe_whose_projections_have_no_place_for_an_offset(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Such as an encoder with weights in blocks: further nodes do what the projection cannot."""
+    recipe = replace(RECIPES["int8"], encoder=Layers.alike(PerBlock(8)))
+    exact = write(checkpoint("flan"), tmp_path / "exact", "fp32", RECIPES["fp32"])
+    folder = write(checkpoint("flan"), tmp_path / "model", "int8", recipe)
+    with_compact(folder, units_of(folder))
+    assert judge(exact, folder, Checks().verification_papers(), "", lambda _done, _all: None)["all"]["kl"] < 1e-3
+
+
 def test_a_model_that_ends_at_once_is_asked_for_more(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Nearly every token is an end, and still what other parameters make of it is not cut."""
     source = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
@@ -433,7 +474,7 @@ def test_a_model_that_ends_at_once_is_asked_for_more(checkpoint: Callable[[str],
     assert max(len(sample.token_ids) for sample in plain.generate(SOURCE, SamplingParams(n=4, seed=0))) < 5
     expected = plain.logits(SOURCE, FED[:, 0])
     found = Engine.load(with_compact(folder, units_of(folder))).logits(SOURCE, FED[:, 0])
-    assert np.abs(found - expected).mean() < 0.05
+    assert np.abs(found - expected).mean() < 0.015
 
 
 def test_channels_of_zeros(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
@@ -446,7 +487,7 @@ def test_channels_of_zeros(checkpoint: Callable[[str], Path], tmp_path: Path) ->
     assert (units.own_values[0] > 0).all()
     assert (units.own_values[0] < 1e-20).all()
     found = Engine.load(with_compact(folder, units)).logits(SOURCE, FED[:, 0])
-    assert np.abs(found - expected).mean() < 0.05
+    assert np.abs(found - expected).mean() < 0.015
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v"])
@@ -460,4 +501,4 @@ def test_channels_that_attend_to_nothing(part: str, checkpoint: Callable[[str], 
     folder = write(source, tmp_path / "model", "fp32", RECIPES["fp32"])
     expected = Engine.load(folder).logits(SOURCE, FED[:, 0])
     found = Engine.load(with_compact(folder, units_of(folder))).logits(SOURCE, FED[:, 0])
-    assert np.abs(found - expected).mean() < 0.05
+    assert np.abs(found - expected).mean() < 0.015

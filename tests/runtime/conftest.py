@@ -11,7 +11,7 @@ TINY_MODEL = Path(__file__).parent / "model"
 CUDA_MODEL = Path(__file__).parent / "cuda_model"
 """The same model, in graphs for CUDA."""
 INT8_MODEL = Path(__file__).parent / "int8_model"
-"""The same in int8, with a decoder whose keys and values are in int8."""
+"""The same in int8, with a second pair of graphs, whose keys and values are in 8 bits."""
 
 
 @pytest.fixture(scope="session")
