@@ -17,8 +17,9 @@ import numpy as np
 from benchmarks.engines import Clock
 from benchmarks.engines.ours import Ours
 from ramekin.cache import Cache, Cross
-from ramekin.manifest import DECODER, Manifest, cross_names
+from ramekin.manifest import DECODER, Manifest
 from ramekin.session import onnxruntime, open_session
+from ramekin.tensors import cross_names
 
 _UNSHARED = "decoder.unshared.onnx"
 

@@ -12,26 +12,23 @@ import onnx
 from onnx import TensorProto, helper
 
 from ramekin.cache import Floats
-from ramekin.manifest import (
-    DECODER,
-    ENCODER,
-    INPUT_IDS,
-    LOGITS,
-    PAST_LENGTHS,
-    TOKEN_IDS,
-    TOKENIZER,
-    TOP_IDS,
-    TOP_K,
-    TOP_VALUES,
-    Manifest,
-    cross_names,
-    past_names,
-    present_names,
-)
+from ramekin.manifest import DECODER, ENCODER, TOKENIZER, Manifest
 from ramekin.model import Logits
 from ramekin.paper import Paper
 from ramekin.sampling import SamplingParams, choose, uniforms
 from ramekin.session import onnxruntime, open_session, usable_cores
+from ramekin.tensors import (
+    INPUT_IDS,
+    LOGITS,
+    PAST_LENGTHS,
+    TOKEN_IDS,
+    TOP_IDS,
+    TOP_K,
+    TOP_VALUES,
+    cross_names,
+    past_names,
+    present_names,
+)
 from ramekin.tokenizer import Tokenizer
 from ramekin_export.verify import prompts
 

@@ -12,20 +12,8 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from ramekin.cache import Floats
-from ramekin.manifest import (
-    COMPACT_DECODER,
-    COMPACT_ENCODER,
-    DECODER,
-    ENCODER,
-    Dims,
-    FileRecord,
-    Manifest,
-    compact_shapes,
-    compact_type,
-    cross_names,
-    past_names,
-    present_names,
-)
+from ramekin.manifest import COMPACT_DECODER, COMPACT_ENCODER, DECODER, ENCODER, Dims, FileRecord, Manifest
+from ramekin.tensors import compact_shapes, compact_type, cross_names, past_names, present_names
 from ramekin_export.decoder import CROSS_ATTENTION, cross_attention_at, self_attention_at
 from ramekin_export.graph import GraphBuilder, Shape
 from ramekin_export.reach import Reach

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from ramekin.manifest import (
+from ramekin.tensors import (
     DISTANCES,
     LOGITS,
     PAST_LENGTHS,

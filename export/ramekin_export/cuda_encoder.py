@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from ramekin.manifest import INPUT_IDS, POSITIONS, SOURCE_LENGTHS, cross_names
+from ramekin.tensors import INPUT_IDS, POSITIONS, SOURCE_LENGTHS, cross_names
 from ramekin_export.config import T5Config
 from ramekin_export.cuda_layers import OPSET, Stack
 from ramekin_export.formats import INT32, Format, cast, narrowed

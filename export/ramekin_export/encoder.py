@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
-from ramekin.manifest import INPUT_IDS, cross_shapes
+from ramekin.tensors import INPUT_IDS, cross_shapes
 from ramekin_export.config import T5Config
 from ramekin_export.graph import GraphBuilder, WeightFile
 from ramekin_export.layers import add_and_norm, encoder_bias, encoder_bias_table, feed_forward

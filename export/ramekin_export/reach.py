@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ramekin.cache import Floats
-from ramekin.manifest import Manifest, cross_names
+from ramekin.manifest import Manifest
 from ramekin.paper import Paper
+from ramekin.tensors import cross_names
 from ramekin_export.calibrate import SAMPLING as _FREE
 from ramekin_export.calibrate import sampled
 from ramekin_export.decoder import cross_attention_at

@@ -20,10 +20,11 @@ import numpy.typing as npt
 from ramekin.cache import Floats
 from ramekin.device_memory import BYTES, FLOATS, Plan, Pool, device_errors
 from ramekin.errors import ModelFormatError, ProviderError, RamekinError
-from ramekin.manifest import (
-    DECODER,
+from ramekin.manifest import DECODER, ENCODER, Manifest
+from ramekin.model import Logits, Shapes, check_tensors
+from ramekin.session import onnxruntime, open_session
+from ramekin.tensors import (
     DISTANCES,
-    ENCODER,
     INPUT_IDS,
     LOGITS,
     PAST_LENGTHS,
@@ -35,13 +36,10 @@ from ramekin.manifest import (
     TOP_LOGPROBS,
     TOP_VALUES,
     UNFOLDED,
-    Manifest,
     cross_names,
     past_names,
     present_names,
 )
-from ramekin.model import Logits, Shapes, check_tensors
-from ramekin.session import onnxruntime, open_session
 
 SOURCE_STEP, CAPACITY_STEP = 64, 8
 """Prompts and caches are as long as a multiple of these, so that jobs of about the same size share memory and recordings."""

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from ramekin.errors import ProviderError, RamekinError
-from ramekin.manifest import (
+from ramekin.manifest import Dims
+from ramekin.session import about_memory, failure
+from ramekin.tensors import (
     DISTANCES,
     LOGITS,
     PAST_LENGTHS,
@@ -22,11 +24,9 @@ from ramekin.manifest import (
     TOP_IDS,
     TOP_LOGPROBS,
     TOP_VALUES,
-    Dims,
     cross_names,
     past_names,
 )
-from ramekin.session import about_memory, failure
 
 FLOAT32, INT64 = 1, 7  # ONNX's numbers for element types
 FLOATS = {"tensor(float)": FLOAT32, "tensor(float16)": 10, "tensor(bfloat16)": 16}

@@ -14,11 +14,9 @@ import numpy.typing as npt
 
 from ramekin.cache import Cache, Cross, Floats
 from ramekin.errors import ModelFormatError
-from ramekin.manifest import (
-    COMPACT_DECODER,
-    COMPACT_ENCODER,
-    DECODER,
-    ENCODER,
+from ramekin.manifest import COMPACT_DECODER, COMPACT_ENCODER, DECODER, ENCODER, Dims, Manifest, VersionRange
+from ramekin.session import failure, onnxruntime, open_session
+from ramekin.tensors import (
     INPUT_IDS,
     LOGITS,
     PAST_LENGTHS,
@@ -26,17 +24,13 @@ from ramekin.manifest import (
     TOP_IDS,
     TOP_K,
     TOP_VALUES,
-    Dims,
-    Manifest,
     Size,
-    VersionRange,
     compact_shapes,
     compact_type,
     cross_shapes,
     past_names,
     present_names,
 )
-from ramekin.session import failure, onnxruntime, open_session
 
 Shapes = Mapping[str, tuple[int | None, ...]]
 _NUMBERS = {f"tensor({name})" for name in ("float", "float16", "bfloat16", "int8", "uint8", "int32", "int64")}

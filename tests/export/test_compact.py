@@ -28,12 +28,9 @@ from ramekin.manifest import (
     FileRecord,
     Manifest,
     VersionRange,
-    compact_shapes,
-    compact_type,
-    past_names,
-    present_names,
 )
 from ramekin.model import COMPACT_RUNTIMES
+from ramekin.tensors import compact_shapes, compact_type, past_names, present_names
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.compact import REACH, SHARES, Units, _attention, add_compact
 from ramekin_export.decoder import CROSS_ATTENTION, cross_attention_at, self_attention_at
@@ -184,7 +181,7 @@ def agree(found: np.ndarray, expected: np.ndarray) -> None:
     """To the last bits of logits near 1. A value between two integers may be rounded either way, and moves others."""
     difference = np.abs(found - expected)
     assert np.median(difference) < 2e-6
-    assert difference.mean() < 3e-4
+    assert difference.mean() < 1e-4
     assert difference.max() < 5e-3
 
 
@@ -229,10 +226,12 @@ def test_the_compact_graphs_mean_what_they_round_to(
     rounds: Any = reference.model
     plain: Any = exported(variant, "fp32").model
     cross = model.prefill(SOURCE)
-    for rows in (1, 2, 5):
-        expected = run(rounds, read_back(cross), rows)
-        agree(run(model, cross, rows), expected)
-        assert np.abs(expected - run(plain, plain.prefill(SOURCE), rows)).mean() > 3e-3
+    found, expected, floats = (
+        np.concatenate([run(each, prompt, rows) for rows in (1, 2, 5)], axis=1)
+        for each, prompt in ((model, cross), (rounds, read_back(cross)), (plain, plain.prefill(SOURCE)))
+    )
+    agree(found, expected)
+    assert np.abs(expected - floats).mean() > 3e-3
 
 
 def test_leaving_samples_change_nothing(engines: Callable[..., tuple[Engine, Engine, Units]]) -> None:

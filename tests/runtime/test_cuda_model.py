@@ -17,8 +17,9 @@ import pytest
 from ramekin import Completion, Engine, ModelFormatError, ProviderError, RamekinError, SamplingParams
 from ramekin.cuda_model import CudaModel
 from ramekin.device_memory import BYTES, Plan, Pool
-from ramekin.manifest import DECODER, ENCODER, TOP_K, Dims, Manifest
+from ramekin.manifest import DECODER, ENCODER, Dims, Manifest
 from ramekin.session import open_session
+from ramekin.tensors import TOP_K
 from tests.runtime.conftest import CUDA_MODEL
 
 LARGE = Dims(vocab_size=32128, d_model=1024, d_ff=2816, num_heads=16, head_dim=64, encoder_layers=24, decoder_layers=24)
