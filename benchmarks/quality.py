@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from ramekin import Paper, QAPair, SamplingParams, build_prompt
 from ramekin_export.fidelity import Fidelity, compare_rows
 
 SAMPLING = SamplingParams(n=4, max_new_tokens=32, top_k=0, top_p=0.95, seed=0)
+"""With `--samples`, another n: nothing else of a row depends on it, so papers are not asked about again."""
 _ORDER = ("", "both", "principal", "signal", "wo", "channels")
 _GIVEN = ("demo", "demo-principal", "demo-signal", "larger", "larger-principal", "larger-signal")
 ASKED = 400
@@ -63,8 +64,9 @@ class Task:
         self.calibration = [{"title": p.title, "abstract": p.abstract, "introduction": p.introduction} for p in seen]
 
 
-def judge(checkpoint: Path, name: str, task: Task) -> dict[str, object]:
-    """Measure one predictor on one model."""
+def judge(checkpoint: Path, name: str, task: Task, samples: int) -> dict[str, object]:
+    """Measure one predictor on one model, on so many texts for each prompt."""
+    sampling = replace(SAMPLING, n=samples)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         papers = scratch / "papers.jsonl"
@@ -76,7 +78,7 @@ def judge(checkpoint: Path, name: str, task: Task) -> dict[str, object]:
         engine, rows = reference.engine, []
         for prompt in task.prompts:
             source = engine.source_ids(prompt)
-            targets = [sample.token_ids for sample in engine.generate(source, SAMPLING)]
+            targets = [sample.token_ids for sample in engine.generate(source, sampling)]
             for wanted, found, target in zip(
                 reference.logits(source, targets), predictor.logits(source, targets), targets, strict=True
             ):
@@ -84,8 +86,8 @@ def judge(checkpoint: Path, name: str, task: Task) -> dict[str, object]:
         return {
             "weight_bytes": predictor.weight_bytes,
             **asdict(Fidelity.of(rows)),
-            "right": right(predictor, engine.tokenizer, task),
             "asked": len(task.asked),
+            **({"right": right(predictor, engine.tokenizer, task)} if task.asked else {}),
         }
 
 
@@ -107,8 +109,9 @@ def _versions() -> Iterator[tuple[str, str]]:
             continue
 
 
-def run(models: dict[str, Path], out: Path, papers: Path, names: list[str], jobs: int) -> None:
+def run(models: dict[str, Path], out: Path, papers: Path, names: list[str], jobs: int, samples: int) -> None:
     """Judge everything that was not judged before."""
+    suffix = "" if samples == SAMPLING.n else f".{samples}-samples"
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = dict(models)
@@ -121,16 +124,17 @@ def run(models: dict[str, Path], out: Path, papers: Path, names: list[str], jobs
             (model, checkpoint, name, path)
             for model, checkpoint in ordered
             for name in names
-            if not (path := out / f"{model}.{name.replace(', ', '_').replace(' ', '-')}.json").exists()
+            if not (path := out / f"{model}.{name.replace(', ', '_').replace(' ', '-')}{suffix}.json").exists()
         ]
 
         def one(job: tuple[str, Path, str, Path]) -> None:
             model, checkpoint, name, path = job
             task = model.partition("-")[0]
-            asked = str(ASKED if model == "larger" else ASKED // 4)
-            command = [sys.executable, "-m", "benchmarks.quality", "judge", str(checkpoint), task, name, str(papers), asked]
+            asked = 0 if suffix else ASKED if model == "larger" else ASKED // 4
+            arguments = [checkpoint, task, name, papers, asked, samples]
+            command = [sys.executable, "-m", "benchmarks.quality", "judge", *map(str, arguments)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
-            result = {"model": model, "predictor": name, "versions": dict(_versions())}
+            result = {"model": model, "predictor": name, "samples": samples, "versions": dict(_versions())}
             try:
                 result |= json.loads(done.stdout.splitlines()[-1])
             except (IndexError, ValueError):
@@ -153,20 +157,25 @@ def main() -> None:
     runs.add_argument("--out", type=Path, required=True)
     runs.add_argument("--predictor", choices=list(PREDICTORS), action="append", help="only this one; may be repeated")
     runs.add_argument("--jobs", type=int, default=2)
+    runs.add_argument(
+        "--samples", type=int, default=SAMPLING.n, help="texts for each prompt; other numbers add rows of their own"
+    )
     single = commands.add_parser("judge", help="one pair, its result on stdout")
     single.add_argument("checkpoint", type=Path)
     single.add_argument("task", choices=("demo", "larger"))
     single.add_argument("predictor", choices=list(PREDICTORS))
     single.add_argument("papers", type=Path)
     single.add_argument("asked", type=int, help="how many papers are asked about")
+    single.add_argument("samples", type=int, help="texts for each prompt")
     tables = commands.add_parser("table", help="the results as a page")
     tables.add_argument("results", type=Path)
     a = parser.parse_args()
     if a.command == "run":
         paths = {name: getattr(a, name.replace("-", "_")) for name in _GIVEN}
-        run({name: path for name, path in paths.items() if path}, a.out, a.papers, a.predictor or list(PREDICTORS), a.jobs)
+        models = {name: path for name, path in paths.items() if path}
+        run(models, a.out, a.papers, a.predictor or list(PREDICTORS), a.jobs, a.samples)
     elif a.command == "judge":
-        print(json.dumps(judge(a.checkpoint, a.predictor, Task(a.task, a.papers, a.asked))))
+        print(json.dumps(judge(a.checkpoint, a.predictor, Task(a.task, a.papers, a.asked), a.samples)))
     else:
         from benchmarks.quality_page import page
 
