@@ -12,6 +12,7 @@ from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import Dims
 
 _FAMILY = ("mt5", "t5")
+_FARTHEST = 1 << 16  # T5 has 128; the table of biases holds each distance
 ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}
 """The operator for each."""
 
@@ -80,7 +81,7 @@ class T5Config:
             epsilon = float(raw.get("layer_norm_epsilon", 1e-6))
         except (ModelFormatError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"config.json: {error}") from None
-        if buckets < 4 or max_distance <= buckets // 2 or not 0 < epsilon < 1:
+        if buckets < 4 or not buckets // 2 < max_distance <= _FARTHEST or not 0 < epsilon < 1:
             raise CheckpointError("config.json: relative attention or layer_norm_epsilon out of range")
         return cls(
             dims=dims,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterable
@@ -24,7 +23,8 @@ from ramekin.options import Command, model_options, open_engine, sampling_option
 from ramekin.paper import Paper, QAPair, build_prompt
 from ramekin.sample import Completion
 from ramekin.sampling import SamplingParams
-from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say
+from ramekin.stopping import Stopping
+from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say, write
 
 
 class _Commands(click.Group):
@@ -115,11 +115,12 @@ def generate(
                 if isinstance(event, Completion):
                     done[number].append(event)
                     if stream and not as_json and params.n > 1:
-                        click.echo(f"[{event.index}] {event.text}")
+                        write(f"[{event.index}] {event.text}")
                 elif stream and not as_json and params.n == 1:
-                    click.echo(event.text, nl=False)
+                    write(event.text, end="")
         except (KeyboardInterrupt, SystemExit, RamekinError):
-            _tell(*_begun(group, done), as_json, params.n, streamed=stream)  # what is finished is not lost
+            begun = _begun(group, done, streamed=stream and not as_json)  # what is finished is not lost
+            _tell(*begun, as_json, params.n, streamed=stream)
             raise
         _tell(group, done, as_json, params.n, streamed=stream)
 
@@ -129,12 +130,12 @@ def _tell(group: list[tuple[str, Any]], done: list[list[Completion]], as_json: b
         samples.sort(key=lambda completion: completion.index)
         if as_json:
             rows = [_completion_json(completion) for completion in samples]
-            click.echo(json_line({"prompt": prompt, "samples": rows}))
+            write(json_line({"prompt": prompt, "samples": rows, **_interrupted(samples, n)}))
         elif streamed and n == 1:
-            click.echo()
+            write()
         elif not streamed:
             for completion in samples:
-                click.echo(completion.text)
+                write(completion.text)
 
 
 def _completion_json(completion: Completion) -> dict[str, Any]:
@@ -189,14 +190,14 @@ def questions(
                     {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
                     for pair, sample in zip(pairs, samples, strict=True)
                 ]
-                click.echo(json_line({"title": each.title, "pairs": rows}))
+                write(json_line({"title": each.title, "pairs": rows, **_interrupted(samples, params.n)}))
                 continue
             if len(papers) > 1:
-                click.echo(f"# {each.title}\n")
+                write(f"# {each.title}\n")
             for pair in pairs:
                 if show_all or pair.well_formed:
                     note = f"\n   ({pair.problem})" if pair.problem else ""
-                    click.echo(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
+                    write(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
 
     labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
     prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
@@ -210,12 +211,12 @@ def questions(
                 if isinstance(event, Completion):
                     done[number].append(event)
         except (KeyboardInterrupt, SystemExit, RamekinError):
-            tell(*_begun(group, done))  # what is finished is not lost
+            tell(*_begun(group, done, streamed=False))  # what is finished is not lost
             raise
         tell(group, done)
     if malformed and not as_json:
         hint = "" if show_all else "; --all prints them"
-        click.echo(f"{malformed} of {total} samples were not a question and a whole answer{hint}", err=True)
+        say(f"{malformed} of {total} samples were not a question and a whole answer{hint}")
 
 
 def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str) -> list[Any]:
@@ -233,10 +234,15 @@ def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str
     return sources
 
 
-def _begun(group: list[Item], done: list[list[Completion]]) -> tuple[list[Item], list[list[Completion]]]:
-    """Those of a group that have finished samples; all of a group of one."""
-    kept = [place for place, samples in enumerate(done) if samples or len(group) == 1]
+def _begun(group: list[Item], done: list[list[Completion]], *, streamed: bool) -> tuple[list[Item], list[list[Completion]]]:
+    """Those of a group that have finished samples; all if their texts were shown as they came, to end the line."""
+    kept = [place for place, samples in enumerate(done) if samples or streamed]
     return [group[place] for place in kept], [done[place] for place in kept]
+
+
+def _interrupted(samples: list[Completion], n: int) -> dict[str, bool]:
+    """What a record with fewer samples than were asked for says of it."""
+    return {"interrupted": True} if len(samples) < n else {}
 
 
 def _groups(items: list[Item], size: int) -> list[list[Item]]:
@@ -259,15 +265,16 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command `ramekin`: every problem that is not a bug is one line on stderr."""
     warnings.showwarning = _show_warning
-    for name in ("SIGTERM", "SIGHUP"):  # so that what was begun is cleared away
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a letter that the encoding lacks must not cost the results
             stream.reconfigure(errors="backslashreplace")
+    with Stopping() as stopping:
+        _run(None if arguments is None else list(arguments), stopping)
+
+
+def _run(arguments: list[str] | None, stopping: Stopping) -> None:
     try:
-        cli.main(args=None if arguments is None else list(arguments), prog_name="ramekin", standalone_mode=False)
+        cli.main(args=arguments, prog_name="ramekin", standalone_mode=False, obj=stopping)
         if sys.stdout:
             sys.stdout.flush()
     except click.UsageError as error:
@@ -290,7 +297,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
         say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
         sys.exit(1)
     except MemoryError as error:
-        say(f"not enough memory ({error}); ask for fewer samples or shorter ones")
+        reason = f" ({error})" if str(error) else ""
+        say(f"not enough memory{reason}; ask for fewer samples or shorter ones, or take a smaller model")
         sys.exit(1)
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ramekin.cache import Floats
 from ramekin.cuda_model import CudaModel
 from ramekin.errors import ModelFormatError
-from ramekin.manifest import MANIFEST, PROVIDERS, TOKENIZER, Manifest, VersionRange
+from ramekin.manifest import MANIFEST, MOST_SOURCE_TOKENS, PROVIDERS, TOKENIZER, Manifest, VersionRange
 from ramekin.model import Model, Steps
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.optimum_model import OptimumModel
@@ -37,7 +37,7 @@ class TruncationWarning(UserWarning):
 
 
 class Engine:
-    """A model folder, ready to generate.
+    """A model folder, ready to generate. Several threads may use it at once; it cannot be pickled.
 
     Attributes:
         provider: where it computes, "cpu" or "cuda".
@@ -75,17 +75,18 @@ class Engine:
             ProviderError: the model cannot be computed there. "cuda" never falls back to the CPU.
             RuntimeVersionError: onnxruntime is missing or of a version that is not supported.
             ValueError, TypeError: an argument is out of its range, or not of its type.
+            OSError: the system does not let a file be read.
         """
         if provider not in (*PROVIDERS, AUTO):
             raise ValueError(f"provider must be one of {', '.join((*PROVIDERS, AUTO))}, not {provider!r}")
         if threads is not None:
-            check_integer("threads", threads, 1, MOST_THREADS)
+            threads = check_integer("threads", threads, 1, MOST_THREADS)
         if max_source_tokens is not None:
-            check_integer("max_source_tokens", max_source_tokens, 1, 1 << 30)
-        folder, count = Path(folder), int(threads or usable_cores())
+            max_source_tokens = check_integer("max_source_tokens", max_source_tokens, 1, MOST_SOURCE_TOKENS)
+        folder, count = Path(folder), threads or usable_cores()
         model, manifest, provider, reason = _open(folder, provider, count)
         if max_source_tokens is not None:
-            manifest = replace(manifest, max_source_tokens=int(max_source_tokens))
+            manifest = replace(manifest, max_source_tokens=max_source_tokens)
         tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
         if tokenizer.piece_count > manifest.dims.vocab_size:
             raise ModelFormatError(f"{folder}: {TOKENIZER} has more pieces than the model; export the model again")
@@ -166,7 +167,7 @@ class Engine:
         self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams
     ) -> Iterator[tuple[int, Token | Completion]]:
         """The loop: all samples of one or more prompts, with the number of the prompt that each event belongs to."""
-        seed = secrets.randbits(63) if params.seed is None else int(params.seed)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
         eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
         rows = len(prompts) * params.n
         cache = self.model.new_cache(self.model.prefill(*prompts), rows, params.max_new_tokens, params.candidates)

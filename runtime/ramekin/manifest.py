@@ -16,11 +16,15 @@ from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundEr
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 _MOST_LAYERS = 1024
+_LARGEST = 64 << 20  # bytes of a manifest
+MOST_SOURCE_TOKENS = 1 << 30
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes, and what ONNX Runtime calls it."""
 ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
 COMPACT_ENCODER, COMPACT_DECODER = "encoder_compact.onnx", "decoder_compact.onnx"
 """Both graphs once more, over the same weights, with keys and values in 8 bits."""
+
+_LEAVES = "a link that leaves the model folder; put a copy of the file there"
 
 DEFAULT_PROMPT = (
     "Generate Question, Answer pair correspond to the following research paper. "
@@ -156,8 +160,9 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_source_tokens, int) or self.max_source_tokens < 1:
-            raise ModelFormatError(f"max_source_tokens must be a positive integer, not {self.max_source_tokens!r}")
+        longest = self.max_source_tokens
+        if not isinstance(longest, int) or isinstance(longest, bool) or not 1 <= longest <= MOST_SOURCE_TOKENS:
+            raise ModelFormatError(f"max_source_tokens must be from 1 to {MOST_SOURCE_TOKENS}, not {longest!r}")
         for name, kind in (("variant", str), ("prompt", str), ("precision", str), ("opset", int)):
             value = getattr(self, name)
             if not isinstance(value, kind) or (name in ("variant", "precision") and not str(value).isprintable()):
@@ -238,6 +243,10 @@ class Manifest:
                 f"{folder}: not a ramekin model folder (it has no {MANIFEST}); `ramekin export {folder} OUT` makes one "
                 "of a checkpoint"
             )
+        if path.resolve().parent != folder.resolve():
+            raise ModelFormatError(f"{path}: {_LEAVES}")
+        if path.stat().st_size > _LARGEST:
+            raise ModelFormatError(f"{path}: larger than any manifest; export the model again")
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
@@ -260,7 +269,7 @@ class Manifest:
             if not path.is_file():
                 raise ModelFormatError(f"{path}: missing; export the model again")
             if path.resolve().parent != root:
-                raise ModelFormatError(f"{path}: a link that leaves the model folder; put a copy of the file there")
+                raise ModelFormatError(f"{path}: {_LEAVES}")
             size = path.stat().st_size
             if size != record.bytes:
                 raise ModelFormatError(f"{path}: {size} bytes instead of {record.bytes}; export or copy the model again")

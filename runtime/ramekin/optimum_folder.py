@@ -70,7 +70,7 @@ class OptimumFolder:
         for place in (folder, folder / "onnx") if listed is None else (folder,):
             names = {path.name for path in place.iterdir() if path.is_file()} if place.is_dir() else set()
             files = frozenset(names if listed is None else names.intersection(listed))
-            if any(fnmatch(name, "*coder_*.onnx") for name in files):
+            if any(fnmatch(name, "*coder_*model*.onnx") for name in files):
                 return cls._choose(folder, place, files)
         return None
 

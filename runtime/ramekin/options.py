@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from ramekin.engine import Engine
-from ramekin.manifest import PROVIDERS
+from ramekin.manifest import MOST_SOURCE_TOKENS, PROVIDERS
 from ramekin.provider import AUTO
 from ramekin.sampling import SamplingParams
 from ramekin.session import MOST_THREADS
@@ -52,7 +52,11 @@ def model_options(command: Command) -> Command:
         [
             threads_option,
             provider_option,
-            click.option("--max-source-tokens", type=click.IntRange(1), help="Longest prompt.  [default: the model's]"),
+            click.option(
+                "--max-source-tokens",
+                type=click.IntRange(1, MOST_SOURCE_TOKENS),
+                help="Longest prompt.  [default: the model's]",
+            ),
             click.option(
                 "--on-long",
                 type=click.Choice(["truncate", "error"]),
@@ -73,11 +77,19 @@ def sampling_options(command: Command) -> Command:
         [
             click.option("-n", "n", type=int, help="Samples for each prompt.  [default: 1, for questions 16]"),
             click.option("--seed", type=int, help="The same seed gives the same samples.  [default: a new one]"),
-            click.option("--max-new-tokens", type=int, help=f"Longest sample.  [default: {shown.max_new_tokens}]"),
+            click.option(
+                "--max-new-tokens", type=int, help=f"Longest sample.  [default: the model's, else {shown.max_new_tokens}]"
+            ),
             click.option("--min-new-tokens", type=int, help="Shortest sample."),
-            click.option("--temperature", type=float, help=f"Divides the logits.  [default: {shown.temperature}]"),
-            click.option("--top-k", type=int, help=f"Draw from the k most likely; 0: all.  [default: {shown.top_k}]"),
-            click.option("--top-p", type=float, help=f"Draw from this much probability.  [default: {shown.top_p}]"),
+            click.option(
+                "--temperature", type=float, help=f"Divides the logits.  [default: the model's, else {shown.temperature}]"
+            ),
+            click.option(
+                "--top-k", type=int, help=f"Draw from the k most likely; 0: all.  [default: the model's, else {shown.top_k}]"
+            ),
+            click.option(
+                "--top-p", type=float, help=f"Draw from this much probability.  [default: the model's, else {shown.top_p}]"
+            ),
             click.option("--min-p", type=float, help="Draw only what has this share of the most likely one's probability."),
             click.option("--repetition-penalty", type=float, help="Makes tokens that were used less likely, if above 1."),
             click.option("--no-repeat-ngram-size", type=int, help="No n-gram of this size twice."),

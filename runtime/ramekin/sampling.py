@@ -25,6 +25,19 @@ Ids = npt.NDArray[np.int64]
 
 _NOT_NUMBERS = "the model computed logits that are not numbers; `ramekin verify` tells whether it is intact"
 _SPARE_CANDIDATES = 14  # ranked beyond top_k, so that ties at the k-th place are seen: 64 for the default of 50
+_INTEGERS = (  # with their ranges
+    ("n", 1, 1 << 16),
+    ("max_new_tokens", 1, 1 << 20),
+    ("min_new_tokens", 0, 1 << 20),
+    ("top_k", 0, 1 << 31),
+    ("no_repeat_ngram_size", 0, 1 << 20),
+)
+_NUMBERS = (
+    ("temperature", 1e-4, 1e4, "a number from 0.0001 to 10000 (greedy is the limit 0)"),
+    ("top_p", 5e-324, 1, "a number above 0 and at most 1"),
+    ("min_p", 0, math.nextafter(1, 0), "a number from 0 up to, not including, 1"),
+    ("repetition_penalty", 1e-4, 1e4, "a number from 0.0001 to 10000"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +76,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_integer("n", self.n, 1, 1 << 16)
-        check_integer("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
+        for name, low, high in _INTEGERS:
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), low, high))
         check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        _check_number("temperature", self.temperature, 1e-4, 1e4, "a number from 0.0001 to 10000 (greedy is the limit 0)")
-        check_integer("top_k", self.top_k, 0, 1 << 31)
-        _check_number("top_p", self.top_p, 5e-324, 1, "a number above 0 and at most 1")
-        _check_number("min_p", self.min_p, 0, math.nextafter(1, 0), "a number from 0 up to, not including, 1")
-        _check_number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4, "a number from 0.0001 to 10000")
-        check_integer("no_repeat_ngram_size", self.no_repeat_ngram_size, 0, 1 << 20)
+        for name, least, most, wanted in _NUMBERS:
+            object.__setattr__(self, name, _check_number(name, getattr(self, name), least, most, wanted))
         if self.seed is not None:
-            check_integer("seed", self.seed, 0, (1 << 64) - 1)
+            object.__setattr__(self, "seed", check_integer("seed", self.seed, 0, (1 << 64) - 1))
         if not isinstance(self.greedy, bool):
             raise TypeError(f"greedy must be True or False, not {self.greedy!r}")
         if not isinstance(self.stop, Iterable):
@@ -291,8 +300,8 @@ def log_probabilities(logits: Floats, chosen: Ids) -> Floats:
     return np.asarray(picked - top - np.log(total), np.float32)
 
 
-def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Refuse an argument that is not an integer from `low` to `high`.
+def check_integer(name: str, value: object, low: int, high: int) -> int:
+    """An argument as a Python integer, since NumPy's wrap around; refused if it is not one from `low` to `high`.
 
     Raises:
         ValueError, TypeError: says so.
@@ -301,12 +310,14 @@ def check_integer(name: str, value: object, low: int, high: int) -> None:
         raise TypeError(f"{name} must be an integer, not {value!r}")
     if not low <= int(value) <= high:
         raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+    return int(value)
 
 
-def _check_number(name: str, value: object, low: float, high: float, wanted: str) -> None:
+def _check_number(name: str, value: object, low: float, high: float, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {wanted}, not {value!r}")
     # Compared as it is: not every integer is a float, and NumPy would round the limits to its own type.
     number: Any = value.item() if isinstance(value, np.generic) else value
     if not low <= number <= high:
         raise ValueError(f"{name} must be {wanted}, not {value}")
+    return float(number)

@@ -123,6 +123,10 @@ def open_session(
         raise ModelFormatError(f"{path}: not an ONNX file ({error}); export the model again") from None
     if strangers:
         raise ModelFormatError(f"{path}: asks for weights in {min(strangers)!r}, which is not a file of this model")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ModelFormatError(f"{path}: onnxruntime opens no path that is not valid text; rename the folder") from None
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 4  # what is an error for onnxruntime is raised, and told by us

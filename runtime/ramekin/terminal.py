@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from typing import Any, TypeVar
 
 import click
 
+from ramekin.stopping import Stopping
+
 Item = TypeVar("Item")
+_CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def progress(items: list[Item], what: str) -> Iterator[Item]:
@@ -41,8 +48,36 @@ def printable(text: str) -> str:
 
 
 def say(problem: object) -> None:
-    """One line on stderr."""
-    click.echo(f"ramekin: {printable(' '.join(str(problem).split()))}", err=True)
+    """One line on stderr; that nobody can read it must not cost the results."""
+    with suppress(OSError):
+        click.echo(f"ramekin: {printable(' '.join(str(problem).split()))}", err=True)
+
+
+def write(text: str = "", end: str = "\n") -> None:
+    """Results, on stdout: as they are, but for what would move a terminal's cursor, and never half of them.
+
+    Raises:
+        OSError: stdout cannot be written to.
+    """
+    if sys.stdout is None:
+        raise OSError(errno.EBADF, "standard output is closed; the results have nowhere to go")
+    context = click.get_current_context(silent=True)
+    stopping = context.find_object(Stopping) if context else None
+    with stopping.whole() if stopping else nullcontext():
+        if is_terminal(sys.stdout):
+            click.echo(f"{text}{end}".translate(_CONTROLS), nl=False)
+        else:
+            _write_all(sys.stdout, f"{text}{end}")
+
+
+def _write_all(stream: Any, text: str) -> None:
+    """Every byte, which an unbuffered stream (`PYTHONUNBUFFERED`) alone does not promise if a signal comes in between."""
+    encoding = "utf-8" if codecs.lookup(stream.encoding).name == "ascii" else stream.encoding  # as click's `echo` does
+    rest = memoryview(text.replace("\n", os.linesep).encode(encoding, stream.errors))
+    stream.flush()
+    while rest:
+        rest = rest[stream.buffer.write(rest) :]
+    stream.buffer.flush()
 
 
 def json_line(value: object) -> str:

@@ -343,6 +343,7 @@ def index(content: str) -> Callable[[Path], None]:
         (config(eos_token_id=-1), "tokens must name"),
         (config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
         (config(layer_norm_epsilon=0), "out of range"),
+        (config(relative_attention_max_distance=1 << 62), "out of range"),
         (weights(drop_norm), "no tensor 'decoder.final_layer_norm.weight'"),
         (weights(infinite), "numbers that are not finite"),
         (truncate, "not a safetensors file"),

@@ -25,7 +25,7 @@ from ramekin import (
 )
 from ramekin.manifest import FileRecord, Manifest
 from ramekin.onnxfile import external_locations
-from tests.runtime.conftest import CUDA_MODEL, TINY_MODEL
+from tests.runtime.conftest import CUDA_MODEL, INT8_MODEL, TINY_MODEL
 
 
 def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -62,6 +62,11 @@ def test_no_such_folder(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match=r"not a ramekin model folder \(it has no manifest.json\)"):
         Engine.load(tmp_path)
+    for model in (TINY_MODEL, INT8_MODEL):  # half of a copy
+        shutil.copytree(model, tmp_path / model.name)
+        (tmp_path / model.name / "manifest.json").unlink()
+        with pytest.raises(ModelFormatError, match=r"not a ramekin model folder \(it has no manifest.json\)"):
+            Engine.load(tmp_path / model.name)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +255,30 @@ def varint(value: int) -> bytes:
 def test_links_that_leave_the_folder(model_copy: Path, tmp_path: Path) -> None:
     shutil.move(model_copy / "encoder.bin", tmp_path / "encoder.bin")
     (model_copy / "encoder.bin").symlink_to(tmp_path / "encoder.bin")
-    with pytest.raises(ModelFormatError, match="a link that leaves the model folder"):
+    with pytest.raises(ModelFormatError, match=r"encoder.bin: a link that leaves the model folder"):
         Engine.load(model_copy)
+    shutil.move(model_copy / "manifest.json", tmp_path / "manifest.json")
+    (model_copy / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    with pytest.raises(ModelFormatError, match=r"manifest.json: a link that leaves the model folder"):
+        Engine.load(model_copy)
+
+
+def test_a_manifest_without_end(model_copy: Path) -> None:
+    with (model_copy / "manifest.json").open("r+b") as stream:
+        stream.truncate(1 << 32)  # no room is taken
+    with pytest.raises(ModelFormatError, match=r"manifest.json: larger than any manifest"):
+        Engine.load(model_copy)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/l\xe4t"))
+    shutil.copytree(TINY_MODEL, folder)
+    with pytest.raises(ModelFormatError, match="opens no path that is not valid text; rename the folder"):
+        Engine.load(folder)
+    status, _, err = run("generate", str(folder), stdin=b"x")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "rename the folder" in err
 
 
 # onnxruntime
@@ -325,6 +352,7 @@ LONGEST = ["--max-new-tokens", "600", "--min-new-tokens", "600", "--top-k", "0"]
         (["generate", "{model}", "-n", "0"], 2, "n must be from 1"),
         (["generate", "{model}", "-n", "many"], 2, "'many' is not a valid integer"),
         (["generate", "{model}", "--threads", "0"], 2, "threads"),
+        (["generate", "{model}", "--max-source-tokens", "2000000000"], 2, "2000000000 is not in the range"),
         (["questions", "{model}", "{tmp}/text.txt", "--threads", "5000"], 2, "5000 is not in the range"),
         (["verify", "{model}", "--threads", "5000"], 2, "5000 is not in the range"),
         (["generate", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no prompts in it"),

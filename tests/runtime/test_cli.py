@@ -14,6 +14,7 @@ import pytest
 
 from ramekin import Completion, Engine, RamekinError
 from ramekin.cli import main
+from ramekin.terminal import write
 from tests.runtime.conftest import CUDA_MODEL, TINY_MODEL
 from tests.runtime.test_bad_input import run
 
@@ -64,13 +65,34 @@ main(["export", "CHECKPOINT", "OUT", "--precision", "int4"])
 
 
 def test_closed_streams(paper: str) -> None:
-    for redirect, status in (("2>&-", 0), ("<&-", 0), (">&-", 0)):
+    nowhere = "ramekin: standard output is closed; the results have nowhere to go\n"
+    for redirect, status, says in (("2>&-", 0, ""), ("<&-", 0, ""), (">&-", 1, nowhere)):
         command = f"{sys.executable} -m ramekin questions {TINY_MODEL} {paper} -n 2 --seed 1 --json {redirect}"
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
-        assert (done.returncode, done.stderr) == (status, ""), redirect
+        assert (done.returncode, done.stderr) == (status, says), redirect
     command = f"{sys.executable} -m ramekin generate {TINY_MODEL} <&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, "ramekin: standard input is closed; name a file\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_notices_that_cannot_be_written_do_not_cost_the_results(paper: str) -> None:
+    command = [sys.executable, "-m", "ramekin", "questions", str(TINY_MODEL), paper, "-n", "2", "--seed", "1", "--all"]
+    short = [*command, "--max-source-tokens", "8"]  # tells that the prompt was cut, and that pairs are malformed
+    told = subprocess.run(short, capture_output=True, timeout=60, check=True)
+    assert told.stderr.count(b"\n") == 2
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(short, stdout=subprocess.PIPE, stderr=full, timeout=60, check=False)
+    assert done.stdout == told.stdout
+
+
+def test_results_do_not_move_the_cursor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\x1b[31mred\x1b[0m \x9b2J\x07\r a\tb\u00a0c \u200d\n"
+    write(text)
+    assert capsys.readouterr().out == text + "\n"  # in a pipe they are what they are
+    monkeypatch.setattr("ramekin.terminal.is_terminal", lambda _: True)
+    write(text, end="")
+    assert capsys.readouterr().out == "?[31mred?[0m ?2J?? a\tb\u00a0c \u200d\n"
 
 
 def test_a_paper_from_stdin() -> None:
@@ -200,8 +222,10 @@ main([{command!r}, {str(TINY_MODEL)!r}, {paper!r}, *options])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130
-    samples = json.loads(done.stdout)["samples" if command == "generate" else "pairs"]
+    told = json.loads(done.stdout)
+    samples = told["samples" if command == "generate" else "pairs"]
     assert 0 < len(samples) < 32
+    assert told["interrupted"]
     assert all(len(sample["token_ids"]) <= 61 and sample["finish_reason"] == "eos" for sample in samples)
     assert done.stderr.strip() == "ramekin: stopped"
 

@@ -6,15 +6,17 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ramekin import Completion, Engine, SamplingParams, Token, TruncationWarning
 from ramekin.cache import Cache
-from tests.runtime.conftest import TINY_MODEL
+from tests.runtime.conftest import INT8_MODEL, TINY_MODEL
 
 PROMPT = "We propose a new approach to neural parsing."
 
@@ -225,6 +227,19 @@ def test_threads_do_not_change_samples(engine: Engine, threads: int) -> None:
 
     other = Engine.load(TINY_MODEL, threads=threads)
     assert [key(c) for c in sampled(other, 3)] == [key(c) for c in sampled(engine, 3)]
+
+
+@pytest.mark.parametrize("folder", [TINY_MODEL, INT8_MODEL])
+def test_several_threads_use_one_engine(folder: Path) -> None:
+    engine = Engine.load(folder, threads=2)
+
+    def job(number: int) -> list[tuple[object, ...]]:
+        params = SamplingParams(n=1 + number % 3, max_new_tokens=12, seed=number)
+        return [(*key(each), each.logprobs) for each in engine.generate(np.arange(3, 20 + number), params)]
+
+    one_by_one = [job(number) for number in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(job, range(24))) == one_by_one
 
 
 @pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"threads": 0}, {"threads": 5000}, {"max_source_tokens": 0}])

@@ -239,3 +239,19 @@ def test_right_parameters_at_the_edge() -> None:
     SamplingParams(min_p=0.0, top_p=1.0, top_k=0, temperature=1e-3, min_new_tokens=100, seed=0, stop="x")
     assert SamplingParams(stop="ab").stop == ("ab",)
     assert SamplingParams(n=np.int64(3), seed=np.uint64(7), top_p=np.float32(0.5)).n == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", np.uint8(250)),
+        ("top_k", np.int8(120)),
+        ("no_repeat_ngram_size", np.uint8(3)),
+        ("max_new_tokens", np.int8(100)),
+    ],
+)
+def test_numpy_numbers_do_not_wrap_around(name: str, value: np.integer) -> None:
+    given, plain = SamplingParams(**{name: value}), SamplingParams(**{name: int(value)})
+    assert given.candidates == plain.candidates
+    assert type(getattr(given, name)) is int
+    assert type(SamplingParams(temperature=np.float16(0.5)).temperature) is float
