@@ -54,14 +54,16 @@ def page(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         by_samples.setdefault(result.get("samples", _SAMPLES), {})[result["model"], result["predictor"]] = result
-    results = by_samples.pop(_SAMPLES)
-    versions = next(iter(results.values()))["versions"]
+    results = by_samples.pop(_SAMPLES, {})
+    versions = next(iter((results or next(iter(by_samples.values()))).values()))["versions"]
     parts = [_INTRODUCTION, "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".\n"]
     for model in ("demo", "larger"):
         rows = _rows(results, model)
         if rows:
             parts += [f"## The {model} model\n", _plain(results, model, rows), _twins(results, model, rows)]
-            parts += [_more(more, model, samples) for samples, more in sorted(by_samples.items())]
+        for samples, more in sorted(by_samples.items()):
+            if _rows(more, model):
+                parts.append(_more(more, model, samples))
     return "\n".join(parts)
 
 
@@ -115,16 +117,17 @@ def _twins(results: dict[tuple[str, str], Result], model: str, rows: list[str]) 
 
 
 def _more(results: dict[tuple[str, str], Result], model: str, samples: int) -> str:
-    tokens = ", ".join(f"{results[twin, 'int8']['tokens']:,}" for twin in _of(model) if (twin, "int8") in results)
+    kl = {key: result.get("kl", float("nan")) for key, result in results.items()}
+    tokens = ", ".join(f"{r['tokens']:,}" for twin in _of(model) if (r := results.get((twin, "int8"), {})).get("tokens"))
     lines = [
         f"### {samples} samples of each prompt, {model} model: mean KL (times the plain model's)\n",
         "| | " + " | ".join(_TWINS) + " | plain, of nf4's |",
         "|---" * (len(_TWINS) + 2) + "|",
     ]
     for name in _rows(results, model):
-        plain, nf4 = results[model, name]["kl"], results[model, "bitsandbytes nf4"]["kl"]
-        kl = [results[twin, name]["kl"] for twin in _of(model)]
-        cells = [f"{kl[0]:.1e}", *(f"{each:.1e} ({each / plain:.2f})" for each in kl[1:]), f"{plain / nf4:.2f}"]
+        plain, nf4 = kl[model, name], kl.get((model, "bitsandbytes nf4"), float("nan"))
+        twins = [kl.get((twin, name), float("nan")) for twin in _of(model)[1:]]
+        cells = [f"{plain:.1e}", *(f"{each:.1e} ({each / plain:.2f})" for each in twins), f"{plain / nf4:.2f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + f"\n\nTokens: {tokens}.\n"
 

@@ -24,7 +24,7 @@ from ramekin.paper import Paper, QAPair, build_prompt
 from ramekin.sample import Completion
 from ramekin.sampling import SamplingParams
 from ramekin.stopping import Stopping
-from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say, write
+from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say, whole, write
 
 
 class _Commands(click.Group):
@@ -118,11 +118,10 @@ def generate(
                         write(f"[{event.index}] {event.text}")
                 elif stream and not as_json and params.n == 1:
                     write(event.text, end="")
-        except (KeyboardInterrupt, SystemExit, RamekinError):
-            begun = _begun(group, done, streamed=stream and not as_json)  # what is finished is not lost
-            _tell(*begun, as_json, params.n, streamed=stream)
-            raise
-        _tell(group, done, as_json, params.n, streamed=stream)
+        finally:  # what is finished is not lost, whatever happens
+            with whole():
+                begun = _begun(group, done, streamed=stream and not as_json)
+                _tell(*begun, as_json, params.n, streamed=stream)
 
 
 def _tell(group: list[tuple[str, Any]], done: list[list[Completion]], as_json: bool, n: int, streamed: bool) -> None:
@@ -210,10 +209,9 @@ def questions(
             for number, event in engine.stream_many([source for _, source in group], params):
                 if isinstance(event, Completion):
                     done[number].append(event)
-        except (KeyboardInterrupt, SystemExit, RamekinError):
-            tell(*_begun(group, done, streamed=False))  # what is finished is not lost
-            raise
-        tell(group, done)
+        finally:  # what is finished is not lost, whatever happens
+            with whole():
+                tell(*_begun(group, done, streamed=False))
     if malformed and not as_json:
         hint = "" if show_all else "; --all prints them"
         say(f"{malformed} of {total} samples were not a question and a whole answer{hint}")
@@ -268,7 +266,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a letter that the encoding lacks must not cost the results
             stream.reconfigure(errors="backslashreplace")
-    with Stopping() as stopping:
+    with Stopping(ends=arguments is None) as stopping:  # the arguments of the process: it is nothing but this command
         _run(None if arguments is None else list(arguments), stopping)
 
 

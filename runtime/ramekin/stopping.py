@@ -1,9 +1,10 @@
-"""How a command stops when it is asked to: once, and never in the middle of a line of results."""
+"""How a command stops when it is asked to: in order, and not in the middle of a line of results."""
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,56 +12,69 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = "SIGINT", "SIGTERM", "SIGHUP"  # the last is not known to Windows
-_PATIENCE = 1.0  # s for clearing away, in which further signals are not heard; after that, one ends the process
+_PATIENCE = 1.0  # s in which further signals are not heard: a person hammers at Ctrl-C, a supervisor sends two
+_END = 10  # s that Python may take to end
 
 
 class Stopping:
     """The handler of the signals that ask a command to stop.
 
-    The first raises `KeyboardInterrupt` or `SystemExit`, so that what was begun is cleared away. A person who hammers at
-    Ctrl-C, or a supervisor that sends two signals, must not interrupt that.
+    The first raises `KeyboardInterrupt` or `SystemExit`, so that what was begun is cleared away; a line that is being
+    written is finished before. Who asks again a second later is heard again, and the third time, or while a line waits for
+    its reader, the process ends at once.
+
+    Args:
+        ends: the process ends with the command.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, ends: bool) -> None:
+        self._ends = ends
         self._before: dict[int, Any] = {}
-        self._since: float | None = None
+        self._heard: list[float] = []
         self._waiting: int | None = None
-        self._whole = False
+        self._depth = 0
 
     def __enter__(self) -> Stopping:
-        """Handle all signals that nobody else handles."""
-        for name in _SIGNALS:
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                self._before[number] = signal.signal(number, self._hear)
+        """Handle all signals that nobody else handles; none in a thread that cannot."""
+        if threading.current_thread() is threading.main_thread():
+            for name in _SIGNALS:
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Be as before; deaf if the process is about to end, since Python's own end must not be interrupted either."""
+        """Be as before; deaf if the process was stopped and ends now, so that Python's own end is not disturbed either."""
+        over = self._ends and bool(self._heard)
         for number, handler in self._before.items():
-            signal.signal(number, handler if self._since is None else signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if over else handler)
+        if over and hasattr(signal, "alarm"):
+            signal.alarm(_END)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-            if not self._whole:
-                _stop(number)
-            self._waiting = number
-        elif time.monotonic() - self._since > _PATIENCE:
+        now = time.monotonic()
+        if self._heard and now - self._heard[-1] < _PATIENCE:
+            return
+        self._heard.append(now)
+        if len(self._heard) > 2 or self._waiting is not None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        if self._depth:
+            self._waiting = number
+        else:
+            _stop(number)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """What is written in here is written to its end before the command stops."""
-        self._whole = True
+        self._depth += 1
         try:
             yield
         finally:
-            self._whole = False
-            if self._waiting is not None:
-                number, self._waiting = self._waiting, None
-                _stop(number)
+            self._depth -= 1
+        if self._waiting is not None and not self._depth:
+            number, self._waiting = self._waiting, None
+            _stop(number)
 
 
 def _stop(number: int) -> None:

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from io import RawIOBase, TextIOWrapper
 from typing import Any, TypeVar
 
 import click
@@ -61,23 +62,29 @@ def write(text: str = "", end: str = "\n") -> None:
     """
     if sys.stdout is None:
         raise OSError(errno.EBADF, "standard output is closed; the results have nowhere to go")
-    context = click.get_current_context(silent=True)
-    stopping = context.find_object(Stopping) if context else None
-    with stopping.whole() if stopping else nullcontext():
+    with whole():
         if is_terminal(sys.stdout):
             click.echo(f"{text}{end}".translate(_CONTROLS), nl=False)
-        else:
+        elif isinstance(sys.stdout, TextIOWrapper) and isinstance(sys.stdout.buffer, RawIOBase):
             _write_all(sys.stdout, f"{text}{end}")
+        else:
+            click.echo(f"{text}{end}", nl=False, color=True)  # else it drops what looks like colour from texts in a pipe
 
 
-def _write_all(stream: Any, text: str) -> None:
-    """Every byte, which an unbuffered stream (`PYTHONUNBUFFERED`) alone does not promise if a signal comes in between."""
+def whole() -> AbstractContextManager[None]:
+    """All results that are written in here are written before a signal stops the command."""
+    context = click.get_current_context(silent=True)
+    stopping = context.find_object(Stopping) if context else None
+    return stopping.whole() if stopping else nullcontext()
+
+
+def _write_all(stream: TextIOWrapper, text: str) -> None:
+    """Every byte to an unbuffered stream (`PYTHONUNBUFFERED`), which drops the rest of what a signal interrupts."""
     encoding = "utf-8" if codecs.lookup(stream.encoding).name == "ascii" else stream.encoding  # as click's `echo` does
-    rest = memoryview(text.replace("\n", os.linesep).encode(encoding, stream.errors))
-    stream.flush()
+    rest = text.replace("\n", os.linesep).encode(encoding, stream.errors or "strict")
+    raw: Any = stream.buffer
     while rest:
-        rest = rest[stream.buffer.write(rest) :]
-    stream.buffer.flush()
+        rest = rest[raw.write(rest) or 0 :]
 
 
 def json_line(value: object) -> str:

@@ -249,7 +249,7 @@ def test_an_export_that_is_stopped_leaves_nothing(
     checkpoint: Callable[[str], Path], tmp_path: Path, sent: signal.Signals, status: int
 ) -> None:
     code = f"""
-import signal, time
+import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell begin with it ignored
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup's with this one
 from ramekin_export import writer
@@ -259,7 +259,8 @@ def slow(*arguments):
     return real(*arguments)
 writer.build_decoder = slow
 from ramekin.cli import main
-main(["export", {str(checkpoint("flan"))!r}, {str(tmp_path / "model")!r}])
+sys.argv = ["ramekin", "export", {str(checkpoint("flan"))!r}, {str(tmp_path / "model")!r}]
+main()
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +78,16 @@ def test_closed_streams(paper: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_notices_that_cannot_be_written_do_not_cost_the_results(paper: str) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_notices_that_cannot_be_written_do_not_cost_the_results(unbuffered: str, paper: str) -> None:
     command = [sys.executable, "-m", "ramekin", "questions", str(TINY_MODEL), paper, "-n", "2", "--seed", "1", "--all"]
     short = [*command, "--max-source-tokens", "8"]  # tells that the prompt was cut, and that pairs are malformed
     told = subprocess.run(short, capture_output=True, timeout=60, check=True)
     assert told.stderr.count(b"\n") == 2
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(short, stdout=subprocess.PIPE, stderr=full, timeout=60, check=False)
-    assert done.stdout == told.stdout
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(short, stdout=subprocess.PIPE, stderr=full, timeout=60, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0 if unbuffered else 120, told.stdout)  # 120: Python's own, at its end
 
 
 def test_results_do_not_move_the_cursor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,6 +210,26 @@ def test_a_reader_that_leaves() -> None:
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
 @pytest.mark.parametrize("command", ["generate", "questions"])
 def test_ctrl_c_prints_the_samples_that_are_finished(command: str, paper: str) -> None:
+    done = stopped_at_60(
+        command, str(TINY_MODEL), paper, *["-n", "32", "--max-new-tokens", "5000", "--top-k", "0", "--seed", "1", "--json"]
+    )
+    told = json.loads(done.stdout)
+    samples = told["samples" if command == "generate" else "pairs"]
+    assert 0 < len(samples) < 32
+    assert told["interrupted"]
+    assert all(len(sample["token_ids"]) <= 61 and sample["finish_reason"] == "eos" for sample in samples)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+def test_ctrl_c_ends_the_line_of_a_stream(paper: str) -> None:
+    done = stopped_at_60(*f"generate {TINY_MODEL} {paper} --min-new-tokens 90 --seed 1 --stream".split())
+    assert len(done.stdout) > 60
+    assert done.stdout.count("\n") == 1
+    assert done.stdout.endswith("\n")
+
+
+def stopped_at_60(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command that gets SIGINT at its 60th step."""
     code = f"""
 import os, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell begin with it ignored
@@ -217,17 +241,45 @@ def step(self, token_ids, cache):
     return real(self, token_ids, cache)
 Model.step = step
 from ramekin.cli import main
-options = "-n 32 --max-new-tokens 5000 --top-k 0 --seed 1 --json".split()
-main([{command!r}, {str(TINY_MODEL)!r}, {paper!r}, *options])
+main({list(arguments)!r})
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 130
-    told = json.loads(done.stdout)
-    samples = told["samples" if command == "generate" else "pairs"]
-    assert 0 < len(samples) < 32
-    assert told["interrupted"]
-    assert all(len(sample["token_ids"]) <= 61 and sample["finish_reason"] == "eos" for sample in samples)
-    assert done.stderr.strip() == "ramekin: stopped"
+    assert (done.returncode, done.stderr.strip()) == (130, "ramekin: stopped")
+    return done
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+@pytest.mark.parametrize("command", ["generate", "questions"])
+@pytest.mark.parametrize("options", ["--json", ""])
+def test_a_signal_while_results_are_written(command: str, options: str, paper: str) -> None:
+    """It comes when all samples are finished: none is lost."""
+    arguments = [command, str(TINY_MODEL), paper, *["-n", "9", "--seed", "1"], *options.split()]
+    arguments += ["--all"] if command == "questions" else []
+    code = f"""
+import signal, sys
+from ramekin import cli
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def write(*arguments):
+    signal.raise_signal(signal.SIGTERM)
+    return real(*arguments)
+real, cli.write = cli.write, write
+sys.argv = ["ramekin", *{arguments!r}]
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (143, "")
+    if options:
+        told = json.loads(done.stdout)
+        assert len(told["samples" if command == "generate" else "pairs"]) == 9
+        assert "interrupted" not in told
+    else:
+        assert done.stdout == run(*arguments)[1]
+
+
+def test_results_into_a_stream_of_the_host(paper: str) -> None:
+    with redirect_stdout(StringIO()) as stream:
+        main(["questions", str(TINY_MODEL), paper, "-n", "2", "--seed", "1", "--json"])
+    assert len(json.loads(stream.getvalue())["pairs"]) == 2
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RamekinError("a GPU that fails")])

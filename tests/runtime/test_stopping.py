@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ HANDLED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 @pytest.fixture
-def stopping() -> Iterator[Stopping]:
+def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stopping]:
+    monkeypatch.setattr("ramekin.stopping._PATIENCE", 1e9)  # else a slow machine would end pytest
     before = {number: signal.getsignal(number) for number in HANDLED}
     for number in HANDLED:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    with Stopping() as result:
+    with Stopping(ends=False) as result:
         yield result
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -62,7 +64,7 @@ def test_what_is_whole_is_not_stopped_half_way(stopping: Stopping) -> None:
 
 def test_a_handler_of_the_host_stays(stopping: Stopping) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with Stopping():
+    with Stopping(ends=True):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
@@ -76,24 +78,86 @@ def test_a_command_that_was_not_stopped_leaves_handlers_as_they_were() -> None:
 def test_a_command_that_does_not_end_can_be_ended() -> None:
     code = """
 import signal, time
+from ramekin import stopping
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from ramekin.stopping import Stopping
-with Stopping():
+with stopping.Stopping(ends=True):
     try:
-        print("ready", flush=True); time.sleep(60)
-    finally:
-        print("clearing", flush=True); time.sleep(60)
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        signal.raise_signal(signal.SIGINT)  # too early to be heard
+        stopping._PATIENCE = 0
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            print("twice", flush=True)
+            signal.raise_signal(signal.SIGINT)
+    print("not reached", flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        assert process.stdout.readline() == "clearing\n"
-        process.send_signal(signal.SIGINT)
-        time.sleep(1.2)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == -signal.SIGINT
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "twice\n", "")
+
+
+def test_a_line_that_nobody_reads_can_be_cut() -> None:
+    code = """
+import signal
+from ramekin import stopping
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+stopping._PATIENCE = 0
+with stopping.Stopping(ends=True) as command, command.whole():
+    signal.raise_signal(signal.SIGTERM)
+    print("waiting", flush=True)
+    signal.raise_signal(signal.SIGTERM)
+    print("not reached", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGTERM, "waiting\n", "")
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_only_a_process_that_ends_is_deaf(ends: bool) -> None:
+    code = f"""
+import signal
+from ramekin.stopping import Stopping
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    with Stopping(ends={ends}):
+        signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print(signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, signal.default_int_handler))
+    print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, signal.alarm(0) > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"True\n{ends} {ends}\n"
+
+
+def test_an_error_goes_before_a_stop(stopping: Stopping) -> None:
+    def write() -> None:
+        with stopping.whole():
+            signal.raise_signal(signal.SIGTERM)
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        write()
+
+
+def test_whole_things_may_have_whole_parts(stopping: Stopping) -> None:
+    done = []
+
+    def write() -> None:
+        with stopping.whole():
+            for part in range(3):
+                with stopping.whole():
+                    signal.raise_signal(signal.SIGTERM)
+                done.append(part)
+
+    with pytest.raises(SystemExit):
+        write()
+    assert done == [0, 1, 2]
+
+
+def test_a_thread_that_cannot_listen() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, ["--version"]).result() is None
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])  # as container images set it
