@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ramekin.arguments import check_integer
 from ramekin.cache import Floats
 from ramekin.cuda_model import CudaModel
 from ramekin.errors import ModelFormatError
@@ -25,7 +26,7 @@ from ramekin.optimum_model import OptimumModel
 from ramekin.paper import check_prompt
 from ramekin.provider import AUTO, choose_provider
 from ramekin.sample import Completion, Sample, Token, advance
-from ramekin.sampling import SamplingParams, check_integer, choose, log_probabilities, uniforms
+from ramekin.sampling import SamplingParams, choose, log_probabilities, uniforms
 from ramekin.session import MOST_THREADS, onnxruntime, usable_cores
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from ramekin.arguments import check_integer, check_number
 from ramekin.cache import Floats
 from ramekin.errors import RamekinError
 from ramekin.model import Logits
@@ -80,7 +80,7 @@ class SamplingParams:
             object.__setattr__(self, name, check_integer(name, getattr(self, name), low, high))
         check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
         for name, least, most, wanted in _NUMBERS:
-            object.__setattr__(self, name, _check_number(name, getattr(self, name), least, most, wanted))
+            object.__setattr__(self, name, check_number(name, getattr(self, name), least, most, wanted))
         if self.seed is not None:
             object.__setattr__(self, "seed", check_integer("seed", self.seed, 0, (1 << 64) - 1))
         if not isinstance(self.greedy, bool):
@@ -298,26 +298,3 @@ def log_probabilities(logits: Floats, chosen: Ids) -> Floats:
         raise RamekinError(_NOT_NUMBERS)
     picked = np.take_along_axis(logits, chosen[:, None], axis=1)[:, 0]
     return np.asarray(picked - top - np.log(total), np.float32)
-
-
-def check_integer(name: str, value: object, low: int, high: int) -> int:
-    """An argument as a Python integer, since NumPy's wrap around; refused if it is not one from `low` to `high`.
-
-    Raises:
-        ValueError, TypeError: says so.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
-    if not low <= int(value) <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-    return int(value)
-
-
-def _check_number(name: str, value: object, low: float, high: float, wanted: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {wanted}, not {value!r}")
-    # Compared as it is: not every integer is a float, and NumPy would round the limits to its own type.
-    number: Any = value.item() if isinstance(value, np.generic) else value
-    if not low <= number <= high:
-        raise ValueError(f"{name} must be {wanted}, not {value}")
-    return float(number)
