@@ -55,7 +55,7 @@ def say(problem: object) -> None:
 
 
 def write(text: str = "", end: str = "\n") -> None:
-    """Results, on stdout: as they are, but for what would move a terminal's cursor, and never half of them.
+    """Results, on stdout: as they are, but for what would move a terminal's cursor; a signal does not cut them.
 
     Raises:
         OSError: stdout cannot be written to.

@@ -1,4 +1,4 @@
-"""How commands stop: whole lines, and once."""
+"""How commands stop: in whole lines, in order, and at once for who insists."""
 
 from __future__ import annotations
 
