@@ -7,11 +7,17 @@ from pathlib import Path
 import click
 
 from benchmarks.engines import ENGINES, LEVERS
+from benchmarks.environments import ENVIRONMENTS
 from benchmarks.jobs import JOBS, QUICK
+from benchmarks.machine import level
 from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
-from benchmarks.speed import Plan, level, run_own
+from benchmarks.results import good_runs, read
+from benchmarks.speed import Plan, run_own
 from benchmarks.speed import run as run_plan
-from ramekin.session import usable_cores
+from ramekin.errors import RamekinError
+from ramekin.session import MOST_THREADS, usable_cores
+from ramekin.stopping import Stopping
+from ramekin_export.checkpoint import Checkpoint
 
 _ROOT = Path(__file__).parents[1]
 _DEMO = _ROOT / "examples" / "checkpoint"
@@ -39,13 +45,21 @@ def cli() -> None:
     help=f"Only these, or 'all': {', '.join(JOBS)}.  [default: those of the README's table, after 900 tokens]",
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="For every engine.  [default: the usable cores]")
-@click.option("--limit", type=float, default=30, show_default=True, help="Seconds after which a job is cut.")
+@click.option("--threads", type=click.IntRange(1, MOST_THREADS), help="For every engine.  [default: the usable cores]")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    default=30,
+    show_default=True,
+    help="Seconds after which a job of equal lengths is cut.",
+)
 @click.option(
     "--work", type=click.Path(path_type=Path), default=_ROOT / ".bench", help="For converted models, environments."
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="The results.  [default: benchmarks/results/speed/MODEL-LEVEL.jsonl]"
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The results.  [default: benchmarks/results/speed/MODEL-LEVEL.jsonl]",
 )
 @click.option("--python", "pythons", multiple=True, metavar="NAME=PATH", help="Use this interpreter for an environment.")
 def run(
@@ -58,7 +72,7 @@ def run(
     jobs: tuple[str, ...],
     rounds: int,
     threads: int | None,
-    limit: float,
+    limit: int,
     work: Path,
     out: Path | None,
     pythons: tuple[str, ...],
@@ -82,6 +96,9 @@ def run(
         jobs = tuple(offered)
     elif not jobs:
         jobs = tuple(each for each in offered if each.startswith("900 ") and (not levers or "natural" in each))
+    chosen = {name: Path(path) for name, _, path in (each.partition("=") for each in pythons)}
+    if not chosen.keys() <= ENVIRONMENTS.keys() or not all(path.is_file() for path in chosen.values()):
+        raise click.UsageError(f"--python takes NAME=PATH of an interpreter; names are {', '.join(ENVIRONMENTS)}")
     folder = _DEMO if quick else _random(work, shape) if shape else _local(str(checkpoint))
     model = "demo" if quick else shape or folder.name
     plan = Plan(
@@ -94,12 +111,14 @@ def run(
         rounds=rounds,
         threads=threads or usable_cores(),
         limit_s=limit,
-        pythons={name: Path(path) for name, _, path in (each.partition("=") for each in pythons)},
+        pythons=chosen,
     )
     kind = "-levers" if levers else "-own" if own else ""
     out = out or _RESULTS / f"{model}-{level()}{kind}.jsonl"
     click.echo(f"results: {out}", err=True)
     (run_own if own else run_plan)(plan, out)
+    if not own and not good_runs(read(out)):
+        raise click.ClickException("no engine ran; what failed stands above and in the results")
 
 
 @cli.command()
@@ -121,7 +140,10 @@ def report(results: Path | None, plots: Path | None, readme: Path | None) -> Non
         raise click.UsageError(f"there is no {results}; measure it with `make bench`, or name a file of results")
     from benchmarks.speed_page import page, summary
 
-    click.echo(page(results, plots), nl=False)
+    try:
+        click.echo(page(results, plots), nl=False)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
     if readme:
         text = readme.read_text("utf-8")
         if text.count(_BEGIN) != 1 or text.count(_END) != 1:
@@ -139,12 +161,12 @@ def _random(work: Path, shape: str) -> Path:
 
 
 def _local(checkpoint: str) -> Path:
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(checkpoint, allow_patterns=["*.json", "*.model", "*.safetensors"]))
+    try:
+        return Checkpoint.open(checkpoint).folder
+    except RamekinError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":
-    cli()
+    with Stopping(ends=True):  # by SIGTERM too: else the run that it ends would go on beside the next
+        cli()

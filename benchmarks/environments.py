@@ -59,7 +59,13 @@ def interpreter(name: str, folder: Path) -> Path:
 
 
 def installed(python: Path, packages: Sequence[str]) -> dict[str, object]:
-    """Versions of the packages, and the bytes of them and all that they require."""
-    command = [str(python), "-c", _INSTALLED, *packages]
-    result: dict[str, object] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    """Versions of the packages, and the bytes of them and all that they require.
+
+    Raises:
+        RuntimeError: this Python cannot tell.
+    """
+    done = subprocess.run([str(python), "-c", _INSTALLED, *packages], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{python.name} of this environment fails: {(done.stderr.splitlines() or ['?'])[-1]}")
+    result: dict[str, object] = json.loads(done.stdout)
     return result

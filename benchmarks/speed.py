@@ -6,11 +6,10 @@ is not done again. An engine that fails leaves its error there and does not stop
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -23,14 +22,17 @@ from typing import Any
 from benchmarks.engines import EXTRAPOLATED_FROM, entry
 from benchmarks.environments import installed, interpreter
 from benchmarks.jobs import FORCED, NATURAL, Request
+from benchmarks.machine import machine
+from benchmarks.results import Results
 from ramekin.ceiling import Ceiling, Work
 from ramekin.manifest import Manifest
 
 _ROOT = Path(__file__).parents[1]
 OWN_SOURCES = (256, 512, 900)
 """Prompt lengths of `run_own`."""
-_ARCH_PRCTL = 158  # on x86-64, the only architecture that has it
-_LEVELS = {"amx": "amx_int8", "vnni": "avx512_vnni", "avx2": "avx2"}
+_HEARD = 5  # lines of what a worker said that are passed on
+_FAILURES = (OSError, subprocess.SubprocessError, RuntimeError, ValueError)
+_WHOLE_S = 3600  # the longest that a run may take whose job is not cut
 
 
 @dataclass(frozen=True)
@@ -72,115 +74,39 @@ class Plan:
         return self.work / self.model / name if name else self.checkpoint
 
 
-def machine() -> dict[str, Any]:
-    """What a reader has to know of this machine."""
-    cpu, flags = platform.processor(), ""
-    if Path("/proc/cpuinfo").exists():
-        facts = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        names = {name.strip(): value.strip() for name, value in facts.items()}
-        cpu, flags = names.get("model name", cpu), names.get("flags", "")
-    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    found = [each for each in wanted if each in flags.split()]
-    if any(each.startswith("amx") for each in found) and not _amx_granted():
-        found = [each for each in found if not each.startswith("amx")]
-    return {"processor": cpu, "extensions": found, "cores": os.cpu_count(), "system": platform.system()}
-
-
-def _amx_granted() -> bool:
-    """Whether the system lets processes use AMX, which they have to ask for; a sandbox may refuse, and then engines do without.
-
-    Source: Linux, Documentation/arch/x86/xstate.rst.
-    """
-    permit, tiles = 0x1023, 18  # ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, permit, tiles) == 0)
-
-
-def level() -> str:
-    """The instructions that decide how fast int8 is here: results of machines that differ in them have files of their own."""
-    found = machine()["extensions"]
-    return next((name for name, extension in _LEVELS.items() if extension in found), platform.machine())
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """All lines of a results file; the last one may be cut."""
-    rows = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
 def run(plan: Plan, out: Path) -> None:
     """Measure what `out` does not hold yet."""
-    rows = read(out)
-    head = {
-        "machine": machine(),
-        "model": plan.model,
-        "random": plan.random,
-        "threads": plan.threads,
-        "limit_s": plan.limit_s,
-    }
-    _check_head(head, rows, out)
-    done = {(row["engine"], row["job"], row["round"]) for row in rows if "engine" in row and "error" not in row}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-
-        def tell(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        if not rows:
-            tell(head)
-        ready = [engine for engine in plan.engines if _prepared(plan, engine, rows, tell)]
-        for number in range(plan.rounds):
-            todo = [(job, e) for job in plan.jobs for e in ready if (e, job, number) not in done]
-            if todo:
-                tell({"round": number, "ceiling": asdict(Ceiling.measure(plan.threads))})
-            for job, engine in todo:
-                row = {
-                    "engine": engine,
-                    "job": job,
-                    "round": number,
-                    "limit_s": plan.limit_s,
-                    **_run(plan, engine, plan.jobs[job]),
-                }
-                tell(row)
-                print(_line(row), file=sys.stderr, flush=True)
+    results = Results(out, {**_head(plan), "limit_s": plan.limit_s})
+    done = {(row["engine"], row["job"], row["round"]) for row in results.rows if "engine" in row and "error" not in row}
+    ready = [engine for engine in plan.engines if _prepared(plan, engine, results)]
+    for number in range(plan.rounds):
+        todo = [(job, engine) for job in plan.jobs for engine in ready if (engine, job, number) not in done]
+        if todo:
+            results.add({"round": number, "ceiling": asdict(Ceiling.measure(plan.threads))})
+        for job, engine in todo:
+            ran = _run(plan, engine, plan.jobs[job])
+            row = {"engine": engine, "job": job, "round": number, "limit_s": plan.limit_s, **ran}
+            results.add(row)
+            print(_line(row), file=sys.stderr, flush=True)
 
 
-def _check_head(head: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], out: Path) -> None:
-    """What a file of results holds already must be of the same machine, model and threads; only the limit may differ."""
-    for row in rows:
-        for name in ("machine", "model", "random", "threads"):
-            if "machine" in row and row.get(name) != head[name]:
-                raise SystemExit(
-                    f"{out} is of another {name} ({row.get(name)!r}, not {head[name]!r}); choose another one with --out"
-                )
+def _head(plan: Plan) -> dict[str, Any]:
+    return {"machine": machine(), "model": plan.model, "random": plan.random, "threads": plan.threads}
 
 
 def run_own(plan: Plan, out: Path) -> None:
     """Add to `out` what `ramekin bench` tells of each of our engines, and the least that some jobs could take."""
-    rows = read(out)
-    head = {"machine": machine(), "model": plan.model, "random": plan.random, "threads": plan.threads}
-    _check_head(head, rows, out)
-    done = {(row["engine"], row["source"]) for row in rows if "engine" in row}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        if not rows:
-            file.write(json.dumps(head) + "\n")
-        for engine, source in product(plan.engines, OWN_SOURCES):
-            if (engine, source) in done or not _prepared(plan, engine, [{"about": engine}], lambda _failure: None):
-                continue
-            folder = plan.folder(engine)
-            options = ["--source", str(source), "--threads", str(plan.threads), "--json"]
-            command = [str(plan.python(engine)), "-m", "ramekin", "bench", str(folder), *options]
-            found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-            row = {"engine": engine, "source": source, **found, **_least(folder, source, Ceiling(**found["ceiling"]))}
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(f"{engine}, prompt of {source} tokens", file=sys.stderr, flush=True)
+    results = Results(out, _head(plan))
+    done = {(row["engine"], row["source"]) for row in results.rows if "engine" in row}
+    for engine, source in product(plan.engines, OWN_SOURCES):
+        if (engine, source) in done or not _prepared(plan, engine):
+            continue
+        folder = plan.folder(engine)
+        options = ["--source", str(source), "--threads", str(plan.threads), "--json"]
+        command = [str(plan.python(engine)), "-m", "ramekin", "bench", str(folder), *options]
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+        results.add({"engine": engine, "source": source, **found, **_least(folder, source, Ceiling(**found["ceiling"]))})
+        print(f"{engine}, prompt of {source} tokens", file=sys.stderr, flush=True)
 
 
 def _least(folder: Path, source: int, ceiling: Ceiling) -> dict[str, float]:
@@ -195,7 +121,7 @@ def _least(folder: Path, source: int, ceiling: Ceiling) -> dict[str, float]:
     return {"natural_ceiling_s": natural, "held_bytes": held}
 
 
-def _prepared(plan: Plan, engine: str, rows: Sequence[Mapping[str, Any]], tell: Any) -> bool:
+def _prepared(plan: Plan, engine: str, results: Results | None = None) -> bool:
     """Convert the checkpoint for an engine, and write down what it is; False if that fails."""
     folder, about = plan.folder(engine), entry(engine)
     try:
@@ -208,11 +134,12 @@ def _prepared(plan: Plan, engine: str, rows: Sequence[Mapping[str, Any]], tell: 
             _order(plan, engine, {"task": "prepare", "folder": str(part)}, limit=3600)
             part.rename(folder)
             (folder / "done").touch()
-        if not any(row.get("about") == engine for row in rows):
+        if results and not any(row.get("about") == engine and "error" not in row for row in results.rows):
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            tell({"about": engine, "disk_bytes": size, **installed(plan.python(engine), about.packages)})
-    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
-        tell({"about": engine, "error": str(error)[-600:]})
+            results.add({"about": engine, "disk_bytes": size, **installed(plan.python(engine), about.packages)})
+    except _FAILURES as error:
+        if results:
+            results.add({"about": engine, "error": str(error)[-600:]})
         print(f"{engine}: {error}", file=sys.stderr, flush=True)
         return False
     return True
@@ -220,14 +147,17 @@ def _prepared(plan: Plan, engine: str, rows: Sequence[Mapping[str, Any]], tell: 
 
 def _run(plan: Plan, engine: str, requests: Sequence[Request]) -> dict[str, Any]:
     vocabulary = json.loads((plan.checkpoint / "config.json").read_text("utf-8"))["vocab_size"]
+    # Steps become shorter as samples leave: what is left of such a job cannot be told from its last steps.
+    cut = all(len(set(each.lengths)) == 1 for each in requests)
     order = {
         "task": "run",
         "folder": str(plan.folder(engine)),
+        "limit_s": plan.limit_s if cut else _WHOLE_S,
         "requests": [{"prompt": each.prompt(vocabulary), "lengths": each.lengths} for each in requests],
     }
     try:
-        result = _order(plan, engine, order, limit=4 * plan.limit_s + 300)
-    except (OSError, subprocess.SubprocessError, RuntimeError, ValueError) as error:
+        result = _order(plan, engine, order, limit=4 * plan.limit_s + 300 if cut else _WHOLE_S)
+    except _FAILURES as error:
         return {"error": str(error)[-600:]}
     return {**result, **_job_time(result["requests"], requests)}
 
@@ -250,7 +180,7 @@ def _order(plan: Plan, engine: str, order: dict[str, Any], limit: float) -> dict
     Raises:
         RuntimeError: it failed; the text is the end of what it said.
     """
-    common = {"engine": engine, "checkpoint": str(plan.checkpoint), "threads": plan.threads, "limit_s": plan.limit_s}
+    common = {"engine": engine, "checkpoint": str(plan.checkpoint), "threads": plan.threads}
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment |= {name: str(plan.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     text = json.dumps({**common, **order, "spawned": time.monotonic()})
@@ -264,10 +194,19 @@ def _order(plan: Plan, engine: str, order: dict[str, Any], limit: float) -> dict
         timeout=limit,
         check=False,
     )
+    said = list(dict.fromkeys(line for line in done.stderr.splitlines() if line.strip()))
+    if done.returncode < 0:
+        raise RuntimeError(f"it was ended by {signal.Signals(-done.returncode).name}")
     if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-1:] or [f"exit status {done.returncode}"]
-        raise RuntimeError(last[0])
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError((said or [f"exit status {done.returncode}"])[-1])
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise RuntimeError("it ended without a result") from None
+    for line in (
+        said[-_HEARD:] if order["task"] == "run" else ()
+    ):  # warnings: a peer may tell that it does without its fast kernels
+        print(f"   {engine}: {line[:300]}", file=sys.stderr, flush=True)
     return answer
 
 
@@ -276,12 +215,3 @@ def _line(row: Mapping[str, Any]) -> str:
         return f"{row['round']}  {row['job']:22} {row['engine']:26} failed: {row['error']}"
     first, cut = row["requests"][0][0], " (extrapolated)" if row["cut"] else ""
     return f"{row['round']}  {row['job']:22} {row['engine']:26} job {row['job_s']:8.2f} s{cut}, first token {first:.2f} s"
-
-
-def good_runs(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
-    """The runs that did not fail, by job and engine."""
-    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if "engine" in row and "error" not in row:
-            found.setdefault((row["job"], row["engine"]), []).append(row)
-    return found

@@ -11,19 +11,19 @@ import numpy as np
 from benchmarks.engines import ENGINES, LEVERS
 from benchmarks.goals import section as goals
 from benchmarks.jobs import JOBS, QUICK
-from benchmarks.speed import good_runs, read
+from benchmarks.results import good_runs, read
 
 Rows = Sequence[Mapping[str, Any]]
 _INTRODUCTION = """# Speed
 
 Made by `python -m benchmarks report`; what is timed, what is not and how to repeat it: [benchmarks/README.md](../benchmarks/README.md).
 Every figure is the median of as many runs as its table or line says, each in a fresh process; the engines of one call take
-turns, and which were measured in one call stands in the [log](log.md). "±" is half the distance between the fastest and the slowest run. `~` marks a job that was cut after {limit} s: its time is extrapolated from its last steps.
+turns{turns}. "±" is half the distance between the fastest and the slowest run. `~` marks a job that was cut after {limit} s: its time is extrapolated from its last steps.
 
 - Model: **{model}**{random}.
 - Machine: {processor}, {cores} cores, {extensions}; {threads} threads for every engine.
 - In the same run the machine read {bandwidth:.1f} GB/s and did {int8:,.0f} G int8 and {float32:,.0f} G float32 operations per second
-  in large matrix products ({int8_range}, {float32_range} over the rounds).
+  in large matrix products ({bandwidth_range}, {int8_range}, {float32_range} over the rounds).
 """
 
 
@@ -35,8 +35,7 @@ def page(results: Path, plots: Path | None = None) -> str:
             `-own` what `ramekin bench --json` told of prompts of several lengths.
         plots: a folder for the plots; None: none.
     """
-    rows = read(results)
-    found = good_runs(rows)
+    rows, found = _ran(results)
     jobs = [job for job in {**JOBS, **QUICK} if any(job == each for each, _ in found)]
     engines = [engine for engine in ENGINES if any(engine == each for _, each in found)]
     lever_rows = read(results.with_name(f"{results.stem}-levers.jsonl"))
@@ -58,12 +57,28 @@ def page(results: Path, plots: Path | None = None) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _ran(results: Path) -> tuple[Rows, Mapping[tuple[str, str], Rows]]:
+    """All rows of a file, and the runs among them.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = read(results)
+    found = good_runs(rows)
+    if not found or "machine" not in rows[0] or not any("ceiling" in row for row in rows):
+        raise ValueError(
+            f"{results} has nothing that ran, or is no file of results; measure with `python -m benchmarks run`"
+        )
+    return rows, found
+
+
 def _introduction(head: Mapping[str, Any], rows: Rows) -> str:
     ceilings = {
         name: [row["ceiling"][name] / 1e9 for row in rows if "ceiling" in row] for name in ("bandwidth", "int8", "float32")
     }
     machine, limits = head["machine"], {row.get("limit_s", head["limit_s"]) for row in rows if row.get("cut")}
     return _INTRODUCTION.format(
+        turns=_turns(rows),
         limit=" or ".join(f"{limit:.0f}" for limit in sorted(limits) or [head["limit_s"]]),
         model=head["model"],
         random=", random weights" if head["random"] else "",
@@ -74,6 +89,18 @@ def _introduction(head: Mapping[str, Any], rows: Rows) -> str:
         **{name: float(np.median(values)) for name, values in ceilings.items()},
         **{f"{name}_range": f"{min(values):,.0f} to {max(values):,.0f}" for name, values in ceilings.items()},
     )
+
+
+def _turns(rows: Rows) -> str:
+    """In how many calls the runs were made, and of which commits."""
+    runs = [row for row in rows if "engine" in row and "error" not in row]
+    calls = {row.get("call") for row in runs}
+    if None in calls:
+        return ", and which were measured in one call stands in the [log](log.md)"
+    commits = sorted({row["commit"] for row in rows if row.get("call") in calls and "commit" in row})
+    days = sorted({call[:10] for call in calls})
+    called = "one call" if len(calls) == 1 else f"{len(calls)} calls"
+    return f" ({called}, {' and '.join(dict.fromkeys((days[0], days[-1])))}, commit {', '.join(commits) or 'not known'})"
 
 
 def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
@@ -89,12 +116,12 @@ def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
     ]
     for engine, runs in sorted(entries, key=lambda entry: _job_s(entry[1])):
         fewer = f" ({len(runs)} run{'s'[: len(runs) > 1]})" if len(runs) < most else ""
-        job_s, cut = _job_s(runs), any(run["cut"] for run in runs)
+        job_s = _job_s(runs)
         steps = [step for run in runs for ends in run["requests"] for step in np.diff(ends) * 1e3]
         p50, p95 = np.percentile(steps, (50, 95)) if steps else (np.nan, np.nan)
         first = np.median([run["requests"][0][0] for run in runs])
         lines.append(
-            f"| {engine}{fewer} | {'~' if cut else ''}{_seconds(job_s)} ± {_spread(runs):.0%} "
+            f"| {engine}{fewer} | {_cell(runs)} "
             f"| {f'{fastest_peer / job_s:.2f}' if fastest_peer else ''} | {_seconds(first)} | {p50:.0f} / {p95:.0f} ms "
             f"| {tokens / job_s:.1f} | {np.median([run['cold_start_s'] for run in runs]):.2f} s "
             f"| {np.median([run['peak_mb'] for run in runs]):,.0f} MB |"
@@ -104,8 +131,8 @@ def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
 
 def summary(results: Path) -> str:
     """The README's table: job time of each engine on each job after 900 tokens."""
-    rows = read(results)
-    found, machine = good_runs(rows), rows[0]["machine"]
+    rows, found = _ran(results)
+    machine = rows[0]["machine"]
     engines = [engine for engine in ENGINES if ("900 n=16", engine) in found]
     jobs = {
         "900 n=16": "16 x 100 tokens",
@@ -130,8 +157,13 @@ def summary(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _cut(runs: Rows) -> str:
+    """What marks jobs of which the end was not seen."""
+    return "~" if any(run["cut"] for run in runs) else ""
+
+
 def _cell(runs: Rows) -> str:
-    return f"{'~' if any(run['cut'] for run in runs) else ''}{_seconds(_job_s(runs))} ± {_spread(runs):.0%}"
+    return f"{_cut(runs)}{_seconds(_job_s(runs))} ± {_spread(runs):.0%}"
 
 
 def _seconds(value: float) -> str:
@@ -154,8 +186,7 @@ def _sizes(rows: Rows, engines: Sequence[str], found: Mapping[tuple[str, str], R
         "| | on disk | installed, with all it requires | import | load | versions |",
         "|---|---|---|---|---|---|",
     ]
-    for engine in engines:
-        row = about[engine]
+    for engine, row in ((engine, about[engine]) for engine in engines if engine in about):
         runs = [run for (_, each), group in found.items() if each == engine for run in group]
         imports, loads = (np.median([run[name] for run in runs]) for name in ("import_s", "load_s"))
         versions = ", ".join(f"{name} {number}" for name, number in row["versions"].items())
@@ -197,22 +228,30 @@ def _levers(found: Mapping[tuple[str, str], Rows]) -> str:
 def _jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[str, str], Rows]) -> None:
     """Job time by engine and n; logarithmic, since the times differ a hundredfold."""
     plt = _pyplot(figure_path)
+    from matplotlib import ticker
+
     jobs = [job for job in {**JOBS, **QUICK} if any(job == each for each, _ in found)]
     shown = [job for job in jobs if job.startswith("900 n=")] or jobs
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 0.9 + 0.32 * len(engines)), squeeze=False)
+    size = (3.2 * len(shown), 0.9 + 0.32 * len(engines))
+    figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, sharex=True)
     places = {engine: place for place, engine in enumerate(reversed(engines))}
     for axis, job in zip(axes[0], shown, strict=True):
         for engine, place in places.items():
             if (job, engine) in found:
                 runs = found[job, engine]
-                seconds, colour = _job_s(runs), "#c2410c" if engine.startswith("ramekin") else "#94a3b8"
-                axis.errorbar(seconds, place, xerr=_spread(runs) * seconds, fmt="o", ms=5, color=colour, elinewidth=0.8)
-                axis.annotate(
-                    _seconds(seconds), (seconds, place), (7, 0), textcoords="offset points", va="center", fontsize=7
-                )
+                seconds, cut, colour = _job_s(runs), _cut(runs), "#c2410c" if engine.startswith("ramekin") else "#94a3b8"
+                times = [run["job_s"] for run in runs]
+                reach = [[seconds - min(times)], [max(times) - seconds]]
+                inside = "white" if cut else colour
+                axis.errorbar(seconds, place, xerr=reach, fmt="o", ms=5, color=colour, mfc=inside, elinewidth=0.8)
+                label = f"{cut}{_seconds(seconds)}"
+                axis.annotate(label, (seconds, place), (7, 0), textcoords="offset points", va="center", fontsize=7)
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axis.set_title(job, fontsize=10)
-        axis.set_xlabel("seconds, logarithmic", fontsize=8)
+        axis.set_xlabel("seconds, logarithmic; hollow: extrapolated", fontsize=8)
         axis.set_yticks(list(places.values()), list(places) if axis is axes[0][0] else [""] * len(places), fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         axis.margins(x=0.3)
@@ -226,11 +265,11 @@ def _jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[s
 def _levers_plot(figure_path: Path, found: Mapping[tuple[str, str], Rows]) -> None:
     """Job time as lever after lever is switched on."""
     plt = _pyplot(figure_path)
-    times = {name: _job_s(runs) for name in LEVERS for (_, each), runs in found.items() if each == name}
+    times = {name: (_job_s(runs), _cut(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name}
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.34 * len(times)))
-    for place, (name, seconds) in enumerate(reversed(times.items())):
+    for place, (name, (seconds, cut)) in enumerate(reversed(times.items())):
         axis.barh(place, seconds, color="#c2410c")
-        axis.text(seconds * 1.01, place, _seconds(seconds), va="center", fontsize=8)
+        axis.text(seconds * 1.01, place, f"{cut}{_seconds(seconds)}", va="center", fontsize=8)
         axis.text(0, place, f"{name}  ", va="center", ha="right", fontsize=8)
     axis.set_yticks([])
     axis.set_xlabel("seconds for 16 samples of natural lengths after 900 tokens", fontsize=8)

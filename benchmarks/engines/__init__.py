@@ -76,14 +76,21 @@ def _ours(precision: str, folder: str = "") -> Entry:
     return Entry("ours", {"precision": precision}, packages, packages, folder or f"ramekin-{precision}")
 
 
-def _optimum(int8: bool, folder: str) -> Entry:
+def _optimum(bits: int, folder: str) -> Entry:
     packages = (*_HF, "onnxruntime", "optimum-onnx")
-    return Entry("hf", {"kind": "optimum", "int8": int8}, packages, (*_HF, "optimum.onnxruntime"), folder)
+    return Entry("hf", {"kind": "optimum", "bits": bits}, packages, (*_HF, "optimum.onnxruntime"), folder)
 
 
-def _bitsandbytes(kind: str, padded: int = 0) -> Entry:
-    packages = (*_HF, "bitsandbytes", "accelerate")
-    return Entry("hf", {"kind": kind, "padded": padded}, packages, (*_HF_T5, "bitsandbytes"))
+def _bitsandbytes(kind: str, padded: int = 0, dequantizing: bool = False) -> Entry:
+    settings = {"kind": kind, "padded": padded, "dequantizing": dequantizing}
+    return Entry("hf", settings, (*_HF, "bitsandbytes", "accelerate"), (*_HF_T5, "bitsandbytes"))
+
+
+def _openvino(bits: int) -> Entry:
+    packages = (*_HF, "openvino", "optimum-intel")
+    return Entry(
+        "hf", {"kind": "openvino", "bits": bits}, packages, (*_HF, "optimum.intel"), f"openvino-int{bits}", "openvino"
+    )
 
 
 def _levers(precision: str, shared: bool = True, in_place: bool = True, leaving: bool = True, padded: int = 0) -> Entry:
@@ -96,20 +103,15 @@ ENGINES: dict[str, Entry] = {
     "ramekin int8": _ours("int8"),
     "ramekin fp32": _ours("fp32"),
     "ramekin, optimum's fp32 graphs": _ours("optimum", "optimum-fp32"),
-    "OpenVINO int8": Entry(
-        "hf",
-        {"kind": "openvino"},
-        (*_HF, "openvino", "optimum-intel"),
-        (*_HF, "optimum.intel"),
-        "openvino-int8",
-        "openvino",
-    ),
+    "OpenVINO int8": _openvino(8),
+    "OpenVINO int4": _openvino(4),
     "CTranslate2 int8": Entry("ct2", {}, ("ctranslate2",), ("ctranslate2",), "ctranslate2-int8"),
-    "optimum int8": _optimum(True, "optimum-int8"),
-    "optimum fp32": _optimum(False, "optimum-fp32"),
+    "optimum int8": _optimum(8, "optimum-int8"),
+    "optimum fp32": _optimum(32, "optimum-fp32"),
     "transformers fp32": Entry("hf", {"kind": "float32"}, _HF, _HF_T5),
     "transformers bf16": Entry("hf", {"kind": "bfloat16"}, _HF, _HF_T5),
     "bitsandbytes fp4": _bitsandbytes("fp4"),
+    "bitsandbytes fp4, dequantizing": _bitsandbytes("fp4", dequantizing=True),
     "bitsandbytes nf4": _bitsandbytes("nf4"),
     "bitsandbytes fp4, padded": _bitsandbytes("fp4", 1024),
     "bitsandbytes nf4, padded": _bitsandbytes("nf4", 1024),

@@ -16,10 +16,13 @@ class HuggingFace:
 
     Attributes:
         padded: fill the prompt to this many tokens first, as the model card does.
+        bits: of the weights that optimum or OpenVINO converts to.
+        dequantizing: let bitsandbytes make bfloat16 weights of its 4 bits at every product, as it does by itself where the
+            processor has no bfloat16, and keep everything else in bfloat16 too.
     """
 
-    def __init__(self, kind: str, padded: int = 0, int8: bool = False) -> None:
-        self._kind, self._padded, self._int8 = kind, padded, int8
+    def __init__(self, kind: str, padded: int = 0, bits: int = 32, dequantizing: bool = False) -> None:
+        self._kind, self._padded, self._bits, self._dequantizing = kind, padded, bits, dequantizing
         self.model: Any = None
 
     def prepare(self, checkpoint: Path, folder: Path) -> None:
@@ -29,7 +32,7 @@ class HuggingFace:
         from optimum.onnxruntime import ORTModelForSeq2SeqLM, ORTQuantizer
         from optimum.onnxruntime.configuration import AutoQuantizationConfig
 
-        if not self._int8:
+        if self._bits == 32:
             ORTModelForSeq2SeqLM.from_pretrained(checkpoint, export=True).save_pretrained(folder)
             shutil.copy(checkpoint / "spiece.model", folder)
             return
@@ -44,7 +47,7 @@ class HuggingFace:
         from optimum.intel import OVModelForSeq2SeqLM, OVWeightQuantizationConfig
 
         model = OVModelForSeq2SeqLM.from_pretrained(
-            checkpoint, export=True, quantization_config=OVWeightQuantizationConfig(bits=8)
+            checkpoint, export=True, quantization_config=OVWeightQuantizationConfig(bits=self._bits)
         )
         model.save_pretrained(folder)
 
@@ -52,7 +55,8 @@ class HuggingFace:
         import torch
 
         torch.set_num_threads(threads)
-        self.model = _LOADERS.get(self._kind, _load_torch)(self._kind, checkpoint, folder, threads)
+        load = _load_dequantizing if self._dequantizing else _LOADERS.get(self._kind, _load_torch)
+        self.model = load(self._kind, checkpoint, folder, threads)
 
     def run(self, prompt: Sequence[int], lengths: Sequence[int], clock: Clock) -> None:
         import torch
@@ -102,10 +106,27 @@ def _load_torch(kind: str, checkpoint: Path, folder: Path, threads: int) -> Any:
 
     if kind in ("float32", "bfloat16"):
         return T5ForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, kind)).eval()
-    from transformers import BitsAndBytesConfig
+    return _load_bitsandbytes(kind, checkpoint)
+
+
+def _load_bitsandbytes(kind: str, checkpoint: Path, **others: Any) -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig, T5ForConditionalGeneration
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_type=kind)
-    return T5ForConditionalGeneration.from_pretrained(checkpoint, quantization_config=config, device_map="cpu").eval()
+    others |= {"quantization_config": config, "device_map": "cpu"}
+    return T5ForConditionalGeneration.from_pretrained(checkpoint, **others).eval()
+
+
+def _load_dequantizing(kind: str, checkpoint: Path, folder: Path, threads: int) -> Any:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    model = _load_bitsandbytes(kind, checkpoint, dtype=torch.bfloat16)
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _load_optimum(kind: str, checkpoint: Path, folder: Path, threads: int) -> Any:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
+import subprocess
+import sys
+import time
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +17,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import speed
+from benchmarks import machine, results, speed
 from benchmarks.__main__ import cli
 from benchmarks.engines import ENGINES, LEVERS, Clock, Entry
 from benchmarks.engines.ours import make
 from benchmarks.goals import section
 from benchmarks.jobs import NATURAL, QUICK, Request, forced
-from benchmarks.speed import Plan, _job_time, good_runs
+from benchmarks.results import good_runs, read
+from benchmarks.speed import Plan, _job_time
 from benchmarks.speed_page import page
 from ramekin_export.cli import EXAMPLES
 
@@ -44,14 +50,23 @@ def plan(work: Path) -> Plan:
     )
 
 
-def test_each_engine_in_turn_and_taken_up_again(plan: Plan, tmp_path: Path) -> None:
+def test_each_engine_in_turn_and_taken_up_again(
+    plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "_commit", lambda: {"commit": "0"})
     out = tmp_path / "results.jsonl"
     speed.run(replace(plan, rounds=1), out)
-    first = speed.read(out)
+    first = read(out)
     out.write_text(out.read_text() + '{"engine": "a line that was cut')
     speed.run(plan, out)
-    rows = speed.read(out)
+    assert "its last line was cut" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == len(read(out))  # nothing was glued to it
+    rows = read(out)
     assert rows[: len(first)] == first  # nothing is measured twice
+    calls = [(row["call"], row["round"]) for row in rows if "engine" in row]
+    assert calls[0] == calls[1]
+    assert calls[2] == calls[3]
+    assert {row["call"] for row in rows if "commit" in row} == {row["call"] for row in rows if "engine" in row}
     runs = [(row["round"], row["engine"]) for row in rows if "engine" in row]
     assert runs == [(0, "ramekin int8"), (0, "transformers fp32"), (1, "ramekin int8"), (1, "transformers fp32")]
     for name, other in (("model", "large"), ("threads", 2), ("random", True)):
@@ -69,6 +84,84 @@ def test_each_engine_in_turn_and_taken_up_again(plan: Plan, tmp_path: Path) -> N
     assert "120 n=4 natural" in made
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_file_that_is_added_to_ends_with_a_whole_line(cut: bool, tmp_path: Path) -> None:
+    head = {"machine": {}, "model": "m", "random": False, "threads": 1}
+    out = tmp_path / "results.jsonl"
+    out.write_text(json.dumps(head) + '\n{"round": 0}'[: -1 if cut else None])
+    results.Results(out, head).add({"round": 1})
+    assert [row["round"] for row in read(out) if "round" in row] == ([1] if cut else [0, 1])
+    with pytest.raises(SystemExit, match="choose another one"):
+        results.Results(out, {**head, "machine": 1})
+    (tmp_path / "text").write_text('{"name": "no results"}\n')
+    with pytest.raises(SystemExit, match="does not begin like"):
+        results.Results(tmp_path / "text", head)
+
+
+def test_an_engine_that_could_not_be_prepared_is_tried_again(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no such package")
+
+    out, once = tmp_path / "results.jsonl", replace(plan, engines=("transformers fp32",), rounds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(speed, "installed", fails)
+        speed.run(once, out)
+    assert not good_runs(read(out))
+    with pytest.raises(ValueError, match="nothing that ran"):
+        page(out)
+    speed.run(once, out)
+    assert "| transformers fp32 |" in page(out).split("## Sizes and versions")[1]
+
+
+@pytest.mark.parametrize(
+    ("worker", "told"),
+    [
+        ("import os; print('a warning', file=__import__('sys').stderr); os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("pass", "without a result"),
+        ("raise SystemExit('out of luck')", "out of luck"),
+    ],
+)
+def test_a_worker_that_ends_without_a_result(worker: str, told: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = Path(sys.executable)
+    monkeypatch.setattr(Plan, "python", lambda *_: python)
+    real = subprocess.run
+    monkeypatch.setattr(speed.subprocess, "run", lambda command, **more: real([command[0], "-c", worker], **more))
+    assert told in speed._run(plan, "transformers fp32", plan.jobs["120 n=4 natural"])["error"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_a_command_that_is_ended_leaves_no_worker(tmp_path: Path) -> None:
+    """It would compute on beside the next run, and be timed with it."""
+    command = [sys.executable, "-m", "benchmarks", "run", "--quick", "--engine", "transformers fp32", "--rounds", "1"]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out.jsonl")], cwd=EXAMPLES.parent, stderr=subprocess.PIPE
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        worker, end = "", time.monotonic() + 60
+        while not worker and time.monotonic() < end and process.poll() is None:
+            with suppress(OSError):  # a child that has just ended
+                found = [Path(f"/proc/{child}/cmdline") for child in children.read_text().split()]
+                worker = next((str(each.parent) for each in found if b"benchmarks.worker" in each.read_bytes()), "")
+        time.sleep(1)  # a process that is just being started is not known to the one that starts it
+        process.terminate()
+        assert process.wait(30) == 128 + signal.SIGTERM
+    assert worker
+    assert not Path(worker).exists()
+
+
+def test_jobs_whose_samples_leave_are_not_cut(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        speed, "_order", lambda _plan, _engine, order, **_: orders.append(order) or {"requests": [[1.0] * 12]}
+    )
+    for job in ("120 n=4", "120 n=4 natural"):
+        assert not speed._run(plan, "ramekin int8", QUICK[job])["cut"]
+    assert orders[0]["limit_s"] == plan.limit_s
+    assert orders[1]["limit_s"] > 10 * plan.limit_s
+
+
 def test_results_of_another_machine_are_not_added_to(plan: Plan, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     out.write_text(json.dumps({"machine": {"processor": "Z80"}}) + "\n")
@@ -80,15 +173,15 @@ def test_results_of_another_machine_are_not_added_to(plan: Plan, tmp_path: Path)
 def test_amx_that_the_system_refuses_does_not_count(granted: bool, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "exists", lambda _: True)
     monkeypatch.setattr(Path, "read_text", lambda _: "model name: Z80\nflags: avx2 avx512_vnni amx_int8\n")
-    monkeypatch.setattr(speed, "_amx_granted", lambda: granted)
-    assert speed.level() == level
+    monkeypatch.setattr(machine, "_amx_granted", lambda: granted)
+    assert machine.level() == level
 
 
 def test_one_that_fails_does_not_lose_the_others(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ENGINES, "broken", Entry("no_such_engine", {}, ("numpy",), ("numpy",)))
     out = tmp_path / "results.jsonl"
     speed.run(replace(plan, engines=("broken", "ramekin int8"), rounds=1), out)
-    runs = {row["engine"]: row for row in speed.read(out) if "engine" in row}
+    runs = {row["engine"]: row for row in read(out) if "engine" in row}
     assert "broken" in runs["broken"]["error"]  # the worker does not know it
     assert runs["ramekin int8"]["job_s"] > 0
     assert "- broken, 120 n=4 natural: " in page(out)
@@ -97,7 +190,7 @@ def test_one_that_fails_does_not_lose_the_others(plan: Plan, tmp_path: Path, mon
 @pytest.mark.parametrize("name", list(LEVERS))
 def test_every_combination_of_levers_runs(name: str, plan: Plan) -> None:
     requests = plan.jobs["120 n=4 natural"]
-    assert speed._prepared(plan, name, [{"about": name}], lambda _row: None)
+    assert speed._prepared(plan, name)
     result = speed._run(plan, name, requests)
     assert result.get("error") is None
     assert [len(ends) for ends in result["requests"]] == [max(requests[0].lengths)]
@@ -151,7 +244,7 @@ def test_goals_from_our_own_figures(plan: Plan, tmp_path: Path, monkeypatch: pyt
     first = own.read_text()
     speed.run_own(ours, own)
     assert own.read_text() == first
-    head, row = speed.read(own)
+    head, _call, row = read(own)
     assert (head["model"], head["threads"]) == ("demo", 1)
     with pytest.raises(SystemExit, match="is of another threads"):
         speed.run_own(replace(ours, threads=2), own)
@@ -165,12 +258,26 @@ def test_goals_from_our_own_figures(plan: Plan, tmp_path: Path, monkeypatch: pyt
         for job in ("900 n=16", "900 n=16 natural")
     ]
     out.write_text("\n".join(lines))
-    table = section(good_runs(speed.read(out)), [row])
+    table = section(good_runs(read(out)), [row])
     assert "| 3.00 x | floor | ramekin int8, transformers fp32 |" in table
     natural = next(line for line in table.splitlines() if "natural" in line)
     assert row["natural_ceiling_s"] > 0.005
     assert natural.endswith(f"| {row['natural_ceiling_s']:.0%} |")
     assert "not measured" in table
+
+
+def test_next_to_a_peer_only_rounds_in_turn_count() -> None:
+    def run(engine: str, call: str, number: int, job_s: float) -> dict[str, Any]:
+        timed = {"job_s": job_s, "requests": [[job_s / 2, job_s]], "cut": False, "peak_mb": 1.0, "cold_start_s": job_s}
+        return {"engine": engine, "job": "900 n=16", "round": number, "call": call, **timed}
+
+    rows = [run("ramekin int8", "a", number, 1.0) for number in range(3)]
+    rows += [run("OpenVINO int8", "a", number, seconds) for number, seconds in enumerate((3.0, 3.5, 5.0))]
+    rows += [run("OpenVINO int8", "b", 0, 3.2)]  # a call of its own, in another hour perhaps
+    lines = section(good_runs(rows), []).splitlines()
+    assert any("| 3.50 x (3.00 to 5.00) | floor | ramekin int8, OpenVINO int8 |" in line for line in lines)
+    alone = [row for row in rows if row["engine"] == "ramekin int8" or row["call"] == "b"]
+    assert any("| 3.20 x | floor |" in line for line in section(good_runs(alone), []).splitlines())
 
 
 def test_natural_lengths_are_like_the_cards() -> None:
@@ -196,3 +303,7 @@ def test_the_command_refuses_what_it_does_not_know() -> None:
 
     assert "CHECKPOINT, or --shape, or --quick" in refused()
     assert "no job 'x'" in refused("--quick", "--job", "x")
+    assert "names are peers, openvino" in refused("--quick", "--python", f"nosuch={sys.executable}")
+    assert "names are peers, openvino" in refused("--quick", "--python", "peers")
+    assert "--limit" in refused("--quick", "--limit", "nan")
+    assert "neither a folder nor a Hub id" in CliRunner().invoke(cli, ["run", "no such folder"]).output
