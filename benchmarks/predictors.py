@@ -138,14 +138,19 @@ class CTranslate2:
         return [[self._ids[piece] for piece in row.hypotheses[0] if piece != "</s>"] for row in rows]
 
 
-def _ours(recipe: Recipe, precision: str = "int8") -> Callable[[Path, Path, Path | None], Predictor]:
-    """An export in some recipe of ours, or one that leaves something out."""
+def _ours(recipe: Recipe, precision: str = "int8", *, given: bool = True) -> Callable[[Path, Path, Path | None], Predictor]:
+    """An export in some recipe of ours, or one that leaves something out; `given` the model's own papers to calibrate on."""
 
     def make(checkpoint: Path, scratch: Path, papers: Path | None) -> Predictor:
         kept = RECIPES[precision]
         RECIPES[precision] = recipe
         try:
-            export(str(checkpoint), scratch / "model", precision, checks=Checks(calibrate=papers, verify=False))
+            export(
+                str(checkpoint),
+                scratch / "model",
+                precision,
+                checks=Checks(calibrate=papers if given else None, verify=False),
+            )
         finally:
             RECIPES[precision] = kept
         return Ramekin(scratch / "model")
@@ -242,6 +247,7 @@ PREDICTORS: Mapping[str, Make] = {
     "int4": _ours(_INT4, "int4"),
     "int4, not rotated, scales by token": _ours(replace(_INT4, rotated=False, encoder=_BY_TOKEN), "int4"),
     "int4, not folded": _ours(replace(_INT4, folded=False), "int4"),
+    "int4, calibrated on other texts": _ours(_INT4, "int4", given=False),
     "int4, not calibrated": _ours(replace(_INT4, calibrated=False), "int4"),
     "int4, rounded to nearest": _ours(
         replace(_INT4, decoder=Layers.alike(NearestPerBlock(4, block=256)), calibrated=False), "int4"

@@ -32,7 +32,10 @@ output projections, **both** has both (`benchmarks/twins.py`). In **principal** 
 (`benchmarks/signal_twin.py`): **principal** has its residual stream rotated so that the directions of most variance are single
 channels, which no scale of a channel undoes. In **signal** the first two of these are made three times larger besides, and further
 training mends what that changed; in the demo's these two hold a third to two thirds of the stream's energy in the end. So it alone is a model
-of its own, compared with itself in float32; nf4, which rounds no activations, shows how much of the difference from the plain model is the model's own.
+of its own, compared with itself in float32; nf4, whose activations are bfloat16, shows how much of the difference from the plain model is the model's own.
+
+int4 rounds its weights by what their layers see. For these tables it is given 16 papers that the model was trained on (`--calibrate`; none that it is
+judged on): more than `ramekin export` has without that option, which takes two invented papers of the package, **calibrated on other texts** here.
 
 What is left out: **not rotated** leaves the residual stream in its own basis, where scales have to be found by token (or row and
 block); **scales by token** does so in the rotated one; **not folded** leaves the scales between values and output, `wi_1` and `wo`, as
