@@ -1,9 +1,9 @@
 """Run fine-tuned T5 and FLAN-T5 models without PyTorch: one encoding, many samples.
 
-from ramekin import Engine, SamplingParams
+from ramekin import Engine
 
 engine = Engine.load("model")
-samples = engine.generate("translate English to German: Hello.", SamplingParams(n=4, seed=7))
+samples = engine.generate("translate English to German: Hello.", engine.params(n=4, seed=7))
 """
 
 from ramekin.engine import Engine, TruncationWarning

@@ -5,30 +5,25 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from io import TextIOWrapper
-from pathlib import Path
-from typing import Any
 
 import click
 
 import ramekin
 from ramekin.bench_cli import bench
-from ramekin.engine import Engine
-from ramekin.errors import InputError, RamekinError
+from ramekin.errors import RamekinError
 from ramekin.folder_cli import info, verify
-from ramekin.inputs import read_papers, read_prompts
-from ramekin.options import Command, model_options, open_engine, sampling_options
-from ramekin.paper import Paper, QAPair, build_prompt
-from ramekin.sample import Completion
-from ramekin.sampling import SamplingParams
+from ramekin.options import Command
+from ramekin.sample_cli import generate, questions
 from ramekin.stopping import Stopping
-from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say, whole, write
+from ramekin.terminal import say
 
 
 class _Commands(click.Group):
-    """The commands of this file, and those that other parts of the distribution register, loaded when they are used."""
+    """The runtime's commands, and those that other parts of the distribution register, loaded when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *(each.name for each in entry_points(group="ramekin.commands"))})
@@ -70,190 +65,8 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-cli.add_command(bench)
-cli.add_command(info)
-cli.add_command(verify)
-
-
-@cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path), default="-")
-@sampling_options
-@model_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object for each prompt, on a line of its own.")
-@click.option("--stream", is_flag=True, help="Show text as it comes (with several samples: each one when it is finished).")
-def generate(
-    model: Path,
-    file: Path,
-    threads: int | None,
-    provider: str | None,
-    max_source_tokens: int | None,
-    on_long: str,
-    as_json: bool,
-    stream: bool,
-    **sampling: Any,
-) -> None:
-    """Continue the prompt in FILE (- or nothing: stdin); a .jsonl FILE holds many, each a text or an object with "prompt".
-
-    \b
-    Examples:
-      echo "Translate to German: Hello." | ramekin generate model
-      ramekin generate model prompts.jsonl -n 4 --seed 7 --json
-    """
-    if str(file) == "-" and is_terminal(sys.stdin):
-        say("reading the prompt from this terminal; Ctrl-D ends it")
-    prompts = read_prompts(file)
-    engine = open_engine(model, provider, threads, max_source_tokens)
-    params = _params(engine, sampling)
-    labels = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    sources = _sources(engine, labels, prompts, on_long)
-    pairs = list(zip(prompts, sources, strict=True))
-    for group in progress_in_groups(_groups(pairs, 1 if stream else engine.model.prompts_at_once), "prompts"):
-        done: list[list[Completion]] = [[] for _ in group]
-        try:
-            for number, event in engine.stream_many([source for _, source in group], params):
-                if isinstance(event, Completion):
-                    done[number].append(event)
-                    if stream and not as_json and params.n > 1:
-                        write(f"[{event.index}] {event.text}")
-                elif stream and not as_json and params.n == 1:
-                    write(event.text, end="")
-        finally:  # what is finished is not lost, whatever happens
-            with whole():
-                begun = _begun(group, done, streamed=stream and not as_json)
-                _tell(*begun, as_json, params.n, streamed=stream)
-
-
-def _tell(group: list[tuple[str, Any]], done: list[list[Completion]], as_json: bool, n: int, streamed: bool) -> None:
-    for (prompt, _), samples in zip(group, done, strict=True):
-        samples.sort(key=lambda completion: completion.index)
-        if as_json:
-            rows = [_completion_json(completion) for completion in samples]
-            write(json_line({"prompt": prompt, "samples": rows, **_interrupted(samples, n)}))
-        elif streamed and n == 1:
-            write()
-        elif not streamed:
-            for completion in samples:
-                write(completion.text)
-
-
-def _completion_json(completion: Completion) -> dict[str, Any]:
-    return {
-        "index": completion.index,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "logprobs": [round(value, 6) for value in completion.logprobs],
-        "finish_reason": completion.finish_reason,
-        "seed": completion.seed,
-    }
-
-
-@cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("paper", type=click.Path(path_type=Path))
-@sampling_options
-@model_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object for each paper, on a line of its own.")
-@click.option("--all", "show_all", is_flag=True, help="Print malformed pairs too, with what is wrong with them.")
-def questions(
-    model: Path,
-    paper: Path,
-    threads: int | None,
-    provider: str | None,
-    max_source_tokens: int | None,
-    on_long: str,
-    as_json: bool,
-    show_all: bool,
-    **sampling: Any,
-) -> None:
-    """Ask and answer questions about a PAPER: JSON with title, abstract, introduction; text with such headings; or .jsonl.
-
-    \b
-    Examples:
-      ramekin questions model paper.json -n 16
-      ramekin questions model papers.jsonl -n 8 --seed 7 --json > pairs.jsonl
-    """
-    papers = read_papers(paper)
-    engine = open_engine(model, provider, threads, max_source_tokens)
-    params = _params(engine, {**sampling, "n": 16 if sampling["n"] is None else sampling["n"]})
-    malformed = total = 0
-
-    def tell(group: list[tuple[Paper, Any]], done: list[list[Completion]]) -> None:
-        nonlocal malformed, total
-        for (each, _), samples in zip(group, done, strict=True):
-            samples.sort(key=lambda completion: completion.index)
-            pairs = [QAPair.parse(sample.text, cut=sample.finish_reason == "length") for sample in samples]
-            total, malformed = total + len(pairs), malformed + sum(not pair.well_formed for pair in pairs)
-            if as_json:
-                rows = [
-                    {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
-                    for pair, sample in zip(pairs, samples, strict=True)
-                ]
-                write(json_line({"title": each.title, "pairs": rows, **_interrupted(samples, params.n)}))
-                continue
-            if len(papers) > 1:
-                write(f"# {each.title}\n")
-            for pair in pairs:
-                if show_all or pair.well_formed:
-                    note = f"\n   ({pair.problem})" if pair.problem else ""
-                    write(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
-
-    labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
-    prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
-    sources = _sources(engine, labels, prompts, on_long)
-    for group in progress_in_groups(
-        _groups(list(zip(papers, sources, strict=True)), engine.model.prompts_at_once), "papers"
-    ):
-        done: list[list[Completion]] = [[] for _ in group]
-        try:
-            for number, event in engine.stream_many([source for _, source in group], params):
-                if isinstance(event, Completion):
-                    done[number].append(event)
-        finally:  # what is finished is not lost, whatever happens
-            with whole():
-                tell(*_begun(group, done, streamed=False))
-    if malformed and not as_json:
-        hint = "" if show_all else "; --all prints them"
-        say(f"{malformed} of {total} samples were not a question and a whole answer{hint}")
-
-
-def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str) -> list[Any]:
-    """The token ids of all prompts; which of them are too long is told before any is run."""
-    sources = []
-    for label, prompt in zip(labels, prompts, strict=True):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")  # else the second prompt that is cut would not be told of
-            sources.append(engine.source_ids(prompt))
-        for each in caught:
-            if on_long == "error":
-                limit, count = engine.manifest.max_source_tokens, len(engine.tokenizer.encode(prompt))
-                raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
-            say(f"{label}: {each.message}" if len(labels) > 1 else each.message)
-    return sources
-
-
-def _begun(group: list[Item], done: list[list[Completion]], *, streamed: bool) -> tuple[list[Item], list[list[Completion]]]:
-    """Those of a group that have finished samples; all if their texts were shown as they came, to end the line."""
-    kept = [place for place, samples in enumerate(done) if samples or streamed]
-    return [group[place] for place in kept], [done[place] for place in kept]
-
-
-def _interrupted(samples: list[Completion], n: int) -> dict[str, bool]:
-    """What a record with fewer samples than were asked for says of it."""
-    return {"interrupted": True} if len(samples) < n else {}
-
-
-def _groups(items: list[Item], size: int) -> list[list[Item]]:
-    """The items in groups that the model computes together."""
-    return [items[first : first + size] for first in range(0, len(items), size)]
-
-
-def _params(engine: Engine, sampling: dict[str, Any]) -> SamplingParams:
-    given = {name: value for name, value in sampling.items() if value is not None and value != ()}
-    try:
-        return engine.params(**given)
-    except (TypeError, ValueError) as error:
-        raise click.UsageError(str(error)) from None
+for _command in (generate, questions, info, verify, bench):
+    cli.add_command(_command)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -262,12 +75,25 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command `ramekin`: every problem that is not a bug is one line on stderr."""
-    warnings.showwarning = _show_warning
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # a letter that the encoding lacks must not cost the results
-            stream.reconfigure(errors="backslashreplace")
-    with Stopping(ends=arguments is None) as stopping:  # the arguments of the process: it is nothing but this command
+    ends = arguments is None  # the arguments of the process: it is nothing but this command
+    with _own_voice(ends=ends), Stopping(ends=ends) as stopping:
         _run(None if arguments is None else list(arguments), stopping)
+
+
+@contextmanager
+def _own_voice(*, ends: bool) -> Iterator[None]:
+    """Warnings are lines of ours, and a letter that an encoding lacks costs no results; a host's own are as before then."""
+    streams = [(each, each.errors) for each in (sys.stdout, sys.stderr) if isinstance(each, TextIOWrapper)]
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        for stream, _ in streams:
+            stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            for stream, errors in () if ends else streams:
+                with suppress(OSError, ValueError):  # its reader has left, or it was closed
+                    stream.reconfigure(errors=errors)
 
 
 def _run(arguments: list[str] | None, stopping: Stopping) -> None:

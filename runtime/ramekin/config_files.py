@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,11 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: one is out of its range, and the checkpoint is meant for sampling.
     """
     values = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    if "top_k" in generation and "top_k" not in values and str(generation.get("transformers_version")).startswith("4."):
+        values["top_k"] = 0  # null is no limit to transformers 4, and 50 to transformers 5
+    least = values.get("min_new_tokens")
+    if isinstance(least, int) and least > SamplingParams.max_new_tokens:  # ours must not contradict the checkpoint's
+        values.setdefault("max_new_tokens", least)
     try:
         SamplingParams(**values)
     except (TypeError, ValueError) as error:
@@ -105,6 +111,13 @@ def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
     named, silent = {}, []
     for text, i, special in _added_tokens(folder, raw, pieces):
+        if i >= vocab and not text.startswith("<extra_id_"):  # of which T5 has a hundred, whatever the model has
+            warnings.warn(
+                f"{folder}: the added token {text!r} has id {i}, but the model has {vocab} tokens, so it is read as plain "
+                "text; `resize_token_embeddings` makes room for it",
+                UserWarning,
+                stacklevel=2,
+            )
         if 0 <= i < vocab and text:
             named[text] = i
             if special:
@@ -114,18 +127,24 @@ def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str
             start=either("decoder_start_token_id", pad), pad=pad, eos=eos, named=named, silent=tuple(silent)
         )
     except ModelFormatError as error:
-        raise CheckpointError(f"{folder}: {CONFIG}: {error}") from None
+        raise CheckpointError(f"{folder}: {CONFIG} or {GENERATION}: {error}") from None
 
 
 def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator[tuple[str, int, bool]]:
     """Texts that stand for one id each, and whether they are left out of decoded text.
 
-    From `tokenizer.json`, `tokenizer_config.json`, or by T5's own rule.
+    From `tokenizer.json`, `tokenizer_config.json`, or `added_tokens.json` (transformers before 4.34) and T5's own rule.
     """
     for i in (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()):
         if i >= 0:
             yield pieces.id_to_piece(i), i, True
     settings = read_if_there(folder / "tokenizer_config.json")
+    if settings.get("legacy") is False:
+        warnings.warn(
+            f"{folder}: tokenizer_config.json says legacy: false; a text right behind a special token is read as with true",
+            UserWarning,
+            stacklevel=2,
+        )
     added = read_if_there(folder / "tokenizer.json").get("added_tokens")
     if added is None and settings.get("added_tokens_decoder"):
         added = [{**each, "id": int(i)} for i, each in settings["added_tokens_decoder"].items()]
@@ -135,8 +154,16 @@ def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator
                 raise CheckpointError(f"{folder}: added token {each.get('content')!r} is a single_word token: not supported")
             yield str(each["content"]), int(each["id"]), bool(each.get("special"))
         return
+    names = read_if_there(folder / "special_tokens_map.json").values()
+    special = {str(each.get("content") if isinstance(each, dict) else each) for group in names for each in _several(group)}
+    for text, i in read_if_there(folder / "added_tokens.json").items():
+        yield text, int(i), text in special
     count = int(settings.get("extra_ids", 0 if raw.get("model_type") == "mt5" else _SENTINELS))
     if count > _MOST_SENTINELS:
         raise CheckpointError(f"{folder}: tokenizer_config.json: {count} extra_ids; at most {_MOST_SENTINELS} are supported")
     for i in range(count):
         yield f"<extra_id_{i}>", pieces.get_piece_size() + count - 1 - i, True
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

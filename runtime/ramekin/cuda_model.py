@@ -72,6 +72,7 @@ class CudaCache:
         length: how many positions are filled.
         capacity: how many there are.
         active: of each sample that is still running, its row.
+        recording: the number of the CUDA graph that its steps are replayed from; -1: each is launched anew.
     """
 
     def __init__(self, pool: Pool, plan: Plan, cross: CudaCross, rows: int, capacity: int) -> None:
@@ -80,6 +81,7 @@ class CudaCache:
         self.active = np.arange(rows)
         self.fed = np.zeros((rows, 1), np.int64)
         self.binding: Any = None
+        self.recording = -1
 
     def keep(self, rows: Sequence[int]) -> list[int]:
         """Drop all samples but these. Return, for each of the fewer ones, which it was."""
@@ -179,9 +181,10 @@ class CudaModel:
         try:
             logits = self._twice(lambda: self._decode(cache), cache.bytes)
         except RamekinError as error:
-            if not self._records or not _about_recording(error):
+            if cache.recording < 0 or not _about_recording(error):
                 raise
-            warnings.warn(f"steps are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
+            if self._records:  # other jobs may find the same at the same time
+                warnings.warn(f"steps are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
             self._records, cache.binding = False, None
             logits = self._twice(lambda: self._decode(cache), cache.bytes)
         cache.length += 1
@@ -222,7 +225,8 @@ class CudaModel:
             binding.bind_ortvalue_output(output, values[name])
         options = self._ort.RunOptions()
         if self._device == "cuda":  # what was recorded with these addresses is replayed; -1: nothing is
-            options.add_run_config_entry("gpu_graph_id", str(self._recording(cache)))
+            cache.recording = self._recording(cache)
+            options.add_run_config_entry("gpu_graph_id", str(cache.recording))
         return binding, options, (kept, host)
 
     def _recording(self, cache: CudaCache) -> int:

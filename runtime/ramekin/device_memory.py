@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
-from threading import RLock
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ from ramekin.tensors import (
 FLOAT32, INT64 = 1, 7  # ONNX's numbers for element types
 FLOATS = {"tensor(float)": FLOAT32, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 BYTES = {FLOAT32: 4, INT64: 8, 10: 2, 16: 2}
-_MOST_IDLE = 4
+_MOST_IDLE = 4 << 30
+"""Bytes. Prompts of up to 1024 tokens have 16 sizes: of FLAN-T5-large, one of each takes 0.9 GB."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,9 @@ class Pool:
 
     def __init__(self, ort: Any, device: str) -> None:
         self._ort, self._device, self._made = ort, device, 0
-        self._idle: list[tuple[Plan, Memory]] = []
-        self._lock = RLock()  # a borrower may go at any moment, in any thread
+        self._idle: list[tuple[Plan, Memory]] = []  # the one that was used last comes last
+        self._returned: deque[tuple[Plan, Memory]] = deque()  # a borrower may go at any moment, in any thread
+        self._lock = Lock()
 
     def lend(self, plan: Plan, borrower: object) -> Memory:
         """Memory of this plan, used before or new.
@@ -94,20 +97,24 @@ class Pool:
             ProviderError: there is not enough of it.
         """
         with self._lock:
+            self._sort_in()
             fitting = [place for place, (kept, _) in enumerate(self._idle) if kept == plan]
             memory = self._idle.pop(fitting[-1])[1] if fitting else self._make(plan)
-        weakref.finalize(borrower, self._take_back, plan, memory).atexit = False
+        weakref.finalize(borrower, self._returned.append, (plan, memory)).atexit = False
         return memory
 
     def give_up_idle(self) -> None:
         """Keep nothing for the next job."""
         with self._lock:
+            self._returned.clear()
             self._idle.clear()
 
-    def _take_back(self, plan: Plan, memory: Memory) -> None:
-        with self._lock:
-            self._idle.append((plan, memory))
-            del self._idle[:-_MOST_IDLE]
+    def _sort_in(self) -> None:
+        """Keep what came back for the next job, but not too much; a prompt's and its samples' in any case."""
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+        while len(self._idle) > 2 and sum(plan.bytes for plan, _ in self._idle) > _MOST_IDLE:
+            del self._idle[0]
 
     def _make(self, plan: Plan) -> Memory:
         make = self._ort.OrtValue.ortvalue_from_shape_and_type

@@ -127,14 +127,15 @@ class Engine:
 
         Args:
             source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a warning.
-            params: how to sample; None: `self.params()`.
+            params: how to sample; None: `self.params()`. `SamplingParams(...)` knows nothing of the model's own settings,
+                `self.params(...)` does.
 
         Raises:
             ValueError: token ids are outside the vocabulary, or there are none.
             TypeError: `params` are something else.
         """
-        for _, event in self._run([self.source_ids(source)], self._chosen(params)):
-            yield event
+        prompt, params = self.source_ids(source), self._chosen(params)
+        return (event for _, event in self._run([prompt], params))
 
     def generate_many(self, sources: Iterable[Source], params: SamplingParams | None = None) -> list[list[Completion]]:
         """All samples of several prompts: for each prompt what `generate` gives, up to rounding (see `stream`)."""
@@ -151,15 +152,17 @@ class Engine:
         """Generate samples of several prompts: what `stream` tells of each, with the prompt's number.
 
         On a GPU some prompts are computed together, padded to the longest of them; on a CPU, where one prompt fills every
-        core, one after the other. Without a seed all prompts get the same new one.
+        core, one after the other. Without a seed each prompt gets a new one of its own.
 
         Raises:
             ValueError, TypeError: see `stream`; and a text is one prompt, not several.
         """
-        params = self._chosen(params)
-        if params.seed is None:
-            params = replace(params, seed=secrets.randbits(63))
-        prompts, size = [self.source_ids(source) for source in _several(sources)], self.model.prompts_at_once
+        return self._run_in_groups([self.source_ids(source) for source in _several(sources)], self._chosen(params))
+
+    def _run_in_groups(
+        self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams
+    ) -> Iterator[tuple[int, Token | Completion]]:
+        size = self.model.prompts_at_once
         for first in range(0, len(prompts), size):
             for number, event in self._run(prompts[first : first + size], params):
                 yield first + number, event
@@ -168,11 +171,11 @@ class Engine:
         self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams
     ) -> Iterator[tuple[int, Token | Completion]]:
         """The loop: all samples of one or more prompts, with the number of the prompt that each event belongs to."""
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seeds = [secrets.randbits(63) if params.seed is None else params.seed for _ in prompts]
         eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
         rows = len(prompts) * params.n
         cache = self.model.new_cache(self.model.prefill(*prompts), rows, params.max_new_tokens, params.candidates)
-        draws = uniforms(seed, params.n, params.max_new_tokens)
+        draws = np.stack([uniforms(seed, params.n, params.max_new_tokens) for seed in seeds])
         running = [
             Sample(prompt, i, IncrementalDecoder(self.tokenizer), [start])
             for prompt in range(len(prompts))
@@ -180,12 +183,14 @@ class Engine:
         ]
         while running:
             logits = self.model.step([sample.history[-1] for sample in running], cache)
-            step_draws = draws[[sample.index for sample in running], cache.length - 1]
+            step_draws = draws[[each.prompt for each in running], [each.index for each in running], cache.length - 1]
             histories = [sample.history for sample in running]
             chosen, logprobs = choose(logits, histories, eos, params, step_draws)
             stay = []
             for row, sample in enumerate(running):
-                event, completion = advance(sample, int(chosen[row]), float(logprobs[row]), eos, params, seed)
+                event, completion = advance(
+                    sample, int(chosen[row]), float(logprobs[row]), eos, params, seeds[sample.prompt]
+                )
                 yield sample.prompt, event
                 if completion:
                     yield sample.prompt, completion

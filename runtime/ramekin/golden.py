@@ -42,7 +42,9 @@ def check(engine: Engine, golden: Mapping[str, Any]) -> float:
         found = _score(engine, golden["source_ids"], golden["target_ids"])
         difference = float(np.abs(np.subtract(found, expected)).max())
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ModelFormatError(f"the manifest has no usable golden run ({error}); export the model again") from None
+        raise ModelFormatError(
+            f"the manifest has no usable golden run ({error}); export the model again, with onnxruntime installed"
+        ) from None
     tolerance = TOLERANCE.get(engine.manifest.precision, QUANTIZED_TOLERANCE)
     if not difference <= tolerance:
         raise VerificationError(

@@ -24,7 +24,7 @@ ENCODER, DECODER, TOKENIZER = "encoder.onnx", "decoder.onnx", "spiece.model"
 COMPACT_ENCODER, COMPACT_DECODER = "encoder_compact.onnx", "decoder_compact.onnx"
 """Both graphs once more, over the same weights, with keys and values in 8 bits."""
 
-_LEAVES = "a link that leaves the model folder; put a copy of the file there"
+_LEAVES = "a link that leaves the model folder; put a copy of the file there (from the Hub: `hf download --local-dir`)"
 
 DEFAULT_PROMPT = (
     "Generate Question, Answer pair correspond to the following research paper. "

@@ -89,7 +89,7 @@ class Paper:
         """
         if not isinstance(raw, dict):
             raise PaperError("expected a JSON object with title, abstract and introduction")
-        parts = {name: raw.get(name) or "" for name in ("title", "abstract", "introduction")}
+        parts = {name: "" if raw.get(name) is None else raw[name] for name in ("title", "abstract", "introduction")}
         return cls(**{name: valid_text(each) if isinstance(each, str) else each for name, each in parts.items()})
 
 
@@ -208,10 +208,10 @@ class QAPair:
             problem = "empty question"
         elif not answer:
             problem = "empty answer"
-        elif cut:
-            problem = "cut at the limit"
         elif len(parts) > 2:
             problem = "more than one separator"
+        elif cut:
+            problem = "cut at the limit"
         return cls(question, answer, problem)
 
     @property

@@ -6,13 +6,16 @@ import contextlib
 import ctypes
 import io
 import os
+import sys
+import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from ramekin.errors import ProviderError
 from ramekin.manifest import PROVIDERS
 
 AUTO = "auto"
+_LISTENING = threading.Lock()
 _DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 
@@ -90,10 +93,22 @@ def _short(text: str) -> str:
 
 def _preload(ort: Any) -> str:
     """Load CUDA's libraries from where pip puts them. Returns what onnxruntime prints if some are missing."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with _LISTENING, contextlib.redirect_stdout(_Heard(sys.stdout)) as said:  # which is stdout of the whole process
         try:
             ort.preload_dlls()
         except Exception as error:  # older releases raise on folders that they do not know
             return str(error)
     return said.getvalue()
+
+
+class _Heard(io.StringIO):
+    """What this thread prints; what others print goes where it went before."""
+
+    def __init__(self, others: TextIO | None) -> None:
+        super().__init__()
+        self._thread, self._others = threading.get_ident(), others
+
+    def write(self, text: str) -> int:
+        if threading.get_ident() == self._thread:
+            return super().write(text)
+        return self._others.write(text) if self._others else len(text)

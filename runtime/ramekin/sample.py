@@ -84,9 +84,14 @@ def advance(
     elif reason or not params.stop:
         certain = len(text)
     else:  # what may be the beginning of a stop string is held back until it is certain
-        certain = max(sample.told, len(text) - max(len(stop) - 1 for stop in params.stop))
+        certain = len(text) - max(_begun(text, stop) for stop in params.stop)
     event = Token(sample.index, token, logprob, text[sample.told : certain])
     sample.told = certain
     if not reason:
         return event, None
     return event, Completion(sample.index, text[:certain], tuple(sample.history[1:]), tuple(sample.logprobs), reason, seed)
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many of a stop string's characters a text ends with, if they are its first ones."""
+    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)

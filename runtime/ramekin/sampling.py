@@ -47,7 +47,7 @@ class SamplingParams:
     Attributes:
         n: how many samples.
         max_new_tokens: tokens after which a sample is cut.
-        min_new_tokens: before so many tokens a sample cannot end.
+        min_new_tokens: before so many tokens a sample cannot end with eos; a stop string ends it at any time.
         temperature: divides the logits.
         top_k: only the k most likely tokens are drawn; 0 for no limit. 50 is transformers' silent default.
         top_p: only the smallest set of most likely tokens that reaches this mass is drawn, the token that crosses included.
@@ -78,7 +78,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low, high in _INTEGERS:
             object.__setattr__(self, name, check_integer(name, getattr(self, name), low, high))
-        check_integer("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be at most max_new_tokens, {self.max_new_tokens}, not {self.min_new_tokens}"
+            )
         for name, least, most, wanted in _NUMBERS:
             object.__setattr__(self, name, check_number(name, getattr(self, name), least, most, wanted))
         if self.seed is not None:

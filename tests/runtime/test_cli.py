@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,33 @@ def test_examples_stand_on_lines_of_their_own() -> None:
 
 def test_bare_command_is_the_help() -> None:
     assert run()[:2] == run("--help")[:2]
+
+
+def test_a_host_is_left_as_it_was(paper: str) -> None:
+    shown, stream = warnings.showwarning, TextIOWrapper(BytesIO(), encoding="ascii", errors="strict")
+    with redirect_stdout(stream):
+        main(["questions", str(TINY_MODEL), paper, "-n", "2", "--json"])
+    assert warnings.showwarning is shown
+    assert stream.errors == "strict"
+    stream.flush()
+    assert stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_greedy_questions_are_one_by_default(paper: str) -> None:
+    for options, count in (((), 16), (("--greedy",), 1), (("--greedy", "-n", "3"), 3)):
+        status, out, _ = run("questions", str(TINY_MODEL), paper, "--json", *options)
+        assert (status, len(json.loads(out)["pairs"])) == (0, count)
+
+
+def test_a_separator_that_texts_leave_out_is_told_of(paper: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(TINY_MODEL, tmp_path / "model"))
+    raw = json.loads((model / "manifest.json").read_text())
+    raw["tokens"]["named"]["[SEP]"] = 500
+    raw["tokens"]["silent"].append(500)
+    (model / "manifest.json").write_text(json.dumps(raw))
+    told = "[SEP] is a special token of this model's tokenizer"
+    assert told in run("questions", str(model), paper, "-n", "1")[2]
+    assert told not in run("questions", str(TINY_MODEL), paper, "-n", "1")[2]
 
 
 def test_a_command_whose_parts_are_not_installed() -> None:
@@ -257,12 +286,12 @@ def test_a_signal_while_results_are_written(command: str, options: str, paper: s
     arguments += ["--all"] if command == "questions" else []
     code = f"""
 import signal, sys
-from ramekin import cli
+from ramekin import cli, sample_cli
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 def write(*arguments):
     signal.raise_signal(signal.SIGTERM)
     return real(*arguments)
-real, cli.write = cli.write, write
+real, sample_cli.write = sample_cli.write, write
 sys.argv = ["ramekin", *{arguments!r}]
 cli.main()
 """

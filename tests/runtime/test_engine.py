@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ramekin import Completion, Engine, SamplingParams, Token, TruncationWarning
 from ramekin.cache import Cache
+from ramekin.model import Logits
+from ramekin.sampling import choose, uniforms
 from tests.runtime.conftest import INT8_MODEL, TINY_MODEL
 
 PROMPT = "We propose a new approach to neural parsing."
@@ -37,22 +41,75 @@ def test_sample_i_does_not_depend_on_n(engine: Engine) -> None:
         assert [key(c) for c in sampled(engine, n)] == [key(c) for c in sixteen[:n]]
 
 
-def test_compaction_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+class Staying:
+    """A model whose rows stay in the batch when their samples have finished."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self.prompts_at_once = model, model.prompts_at_once
+        self.prefill, self.wasted = model.prefill, 0
+
+    def new_cache(self, cross: Any, rows: int, *sizes: int) -> Any:
+        cache = self._model.new_cache(cross, rows, *sizes)
+        self._fed = np.zeros(rows, np.int64)
+        self._active = np.arange(rows)
+        cache.keep = self._keep
+        return cache
+
+    def _keep(self, rows: list[int]) -> list[int]:
+        self._active = self._active[rows]
+        return rows
+
+    def step(self, token_ids: list[int], cache: Any) -> Logits:
+        self.wasted += len(self._fed) - len(self._active)
+        self._fed[self._active] = token_ids
+        logits = self._model.step(self._fed, cache)
+        ranked = logits.top_values[self._active], logits.top_ids[self._active]
+        return Logits.of(logits.full[self._active], *ranked)
+
+
+def test_compaction_changes_nothing(engine: Engine) -> None:
     """The same samples when finished rows stay in the batch."""
-    compacted = sampled(engine, 8)
-    moves: list[int] = []
-    keep = Cache.keep
+    model: Any = Staying(engine.model)
+    staying = Engine(model, engine.tokenizer, engine.manifest)
+    assert [key(c) for c in sampled(staying, 8)] == [key(c) for c in sampled(engine, 8)]
+    assert model.wasted
 
-    def watched(self: Cache, rows: list[int]) -> list[int]:
-        moves.append(len(rows))
-        return keep(self, rows)
 
-    monkeypatch.setattr(Cache, "keep", watched)
-    assert [key(c) for c in sampled(engine, 8)] == [key(c) for c in compacted]
-    assert moves
-    assert moves == sorted(moves, reverse=True)
-    alone = [sampled(engine, i + 1)[i] for i in range(8)]
-    assert [key(c) for c in alone] == [key(c) for c in compacted]
+def test_a_sample_replayed_by_hand(engine: Engine) -> None:
+    """Its token at each step is what its own number of that step draws from the logits there."""
+    params = SamplingParams(n=3, seed=11, max_new_tokens=25, temperature=1.5, min_new_tokens=25)
+    draws = uniforms(11, 3, 25)
+    assert len(set(draws.ravel())) == draws.size
+    for sample in engine.generate(PROMPT, params):
+        full = engine.logits(PROMPT, sample.token_ids)
+        history = [engine.manifest.tokens.start]
+        for step, row in enumerate(full):
+            order = np.argsort(-row, kind="stable")[None, : params.candidates]
+            ranked = Logits.of(row[None], row[order[0]][None], order)
+            chosen, _ = choose(ranked, [history], engine.manifest.tokens.eos, params, draws[[sample.index], step])
+            history.append(int(chosen[0]))
+        assert tuple(history[1:]) == sample.token_ids
+
+
+def test_without_a_seed_every_prompt_and_every_call_has_its_own(engine: Engine) -> None:
+    params = SamplingParams(n=2, max_new_tokens=20, temperature=2.0)
+    several = engine.generate_many([PROMPT] * 3, params)
+    calls = [*several, engine.generate(PROMPT, params), engine.generate(PROMPT, params)]
+    assert len({samples[0].seed for samples in calls}) == len(calls)
+    assert len({sample.token_ids for samples in calls for sample in samples}) == 2 * len(calls)
+    again = engine.generate(PROMPT, replace(params, seed=several[1][0].seed))
+    assert [key(c) for c in again] == [key(c) for c in several[1]]
+
+
+def test_what_is_wrong_is_told_at_once(engine: Engine) -> None:
+    """Not when somebody asks for the first event, in another thread perhaps."""
+    for wrong in ([], [-1], [10**6]):
+        with pytest.raises(ValueError, match="token ids must be"):
+            engine.stream(wrong)
+        with pytest.raises(ValueError, match="token ids must be"):
+            engine.stream_many([[5, 1], wrong])
+    with pytest.raises(TypeError, match="params must be SamplingParams"):
+        engine.stream(PROMPT, {"n": 4})  # type: ignore[arg-type]
 
 
 def test_streamed_samples_are_the_same(engine: Engine) -> None:
@@ -131,6 +188,20 @@ def test_stop_strings(engine: Engine) -> None:
     assert "".join(event.text for event in streamed if isinstance(event, Token)) == completion.text
 
 
+def test_only_what_may_be_a_stop_string_is_held_back(engine: Engine) -> None:
+    params = {"seed": 5, "max_new_tokens": 40, "temperature": 2.0, "min_new_tokens": 30}
+    plain = [event.text for event in engine.stream(PROMPT, SamplingParams(**params)) if isinstance(event, Token)]
+    text = "".join(plain)
+    for stop in ("\n\nnever there, and long", text[10] + "\n", text[10:14] + "\n"):
+        told = ""
+        for event, whole in zip(engine.stream(PROMPT, SamplingParams(**params, stop=stop)), accumulate(plain), strict=False):
+            told += event.text
+            held = whole[len(told) :]
+            assert whole.startswith(told)
+            assert stop.startswith(held) or whole == text
+            assert not any(whole.endswith(stop[:size]) for size in range(len(held) + 1, len(stop)))
+
+
 @pytest.mark.parametrize("params", [{"max_new_tokens": 8, "min_new_tokens": 8}, {"stop": ("zzzzzzzzzz",)}, {"greedy": True}])
 def test_streamed_text_adds_up(engine: Engine, params: dict[str, object]) -> None:
     """However a sample ends, and whatever was held back for a stop string."""
@@ -204,7 +275,7 @@ def test_the_callers_limit_goes_before_the_models_wish(engine: Engine) -> None:
     wishing = Engine(engine.model, engine.tokenizer, replace(engine.manifest, generation={"min_new_tokens": 20}))
     assert wishing.params().min_new_tokens == 20
     assert wishing.params(max_new_tokens=5).min_new_tokens == 5
-    with pytest.raises(ValueError, match="min_new_tokens must be from 0 to 5, not 6"):
+    with pytest.raises(ValueError, match="min_new_tokens must be at most max_new_tokens, 5, not 6"):
         wishing.params(max_new_tokens=5, min_new_tokens=6)
 
 

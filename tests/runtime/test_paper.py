@@ -31,6 +31,7 @@ def test_question_answer_pairs(text: str, question: str, answer: str, problem: s
 def test_a_pair_that_was_cut() -> None:
     assert QAPair.parse("What? [SEP] A net that", cut=True).problem == "cut at the limit"
     assert QAPair.parse("What is", cut=True).problem == "no separator"
+    assert QAPair.parse("What? [SEP] One. [SEP] Tw", cut=True).problem == "more than one separator"  # the answer was whole
 
 
 EXPECTED = Paper("A Title", "We propose. It works.", "Much has been said.")
@@ -90,6 +91,8 @@ def test_sections_keep_what_is_theirs(text: str, introduction: str | None) -> No
         (b"{broken", "neither JSON"),
         (b"{}", "needs an abstract"),
         (b'{"abstract": 3}', "abstract must be a text"),
+        (b'{"abstract": [], "introduction": "x"}', "abstract must be a text"),
+        (b'{"abstract": "x", "title": 0}', "title must be a text"),
         (b'{"title": "x", "abstract": " "}', "needs an abstract"),
         (b"\x00\x01\x02", "not a paper"),
     ],

@@ -6,6 +6,8 @@ import ctypes
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +70,35 @@ def test_cuda_where_it_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert choose_provider(Ort(), "auto", ("cuda", "cpu"), "fp32-cuda") == ("cuda", "")
     assert choose_provider(Ort(), "cpu", ("cuda", "cpu"), "fp32-cuda") == ("cpu", "")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("driver")
+def test_models_that_are_loaded_at_once_leave_stdout_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """What onnxruntime prints is caught, what other threads print meanwhile is not."""
+    before, began, go_on = sys.stdout, [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    class Slow(Ort):
+        def __init__(self, number: int) -> None:
+            super().__init__()
+            self._number = number
+
+        def preload_dlls(self) -> None:
+            print("Please follow these steps" * (self._number == 0))
+            began[self._number].set()
+            go_on[self._number].wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cuda_problem, Slow(0))
+        assert began[0].wait(10)
+        second = pool.submit(cuda_problem, Slow(1))
+        began[1].wait(0.2)
+        print("of this thread")
+        go_on[0].set()
+        assert first.result().startswith("CUDA does not work here (Please follow")
+        go_on[1].set()
+        assert second.result() == ""
+    assert sys.stdout is before
+    assert capsys.readouterr().out == "of this thread\n"
 
 
 @pytest.mark.usefixtures("no_driver")

@@ -33,7 +33,7 @@ def whole(full: np.ndarray, k: int) -> Logits:
     [
         ({}, [0.5, 0.3, 0.2]),
         ({"top_k": 2}, [0.625, 0.375]),
-        ({"top_p": 0.5}, [1.0]),  # the tie rule of transformers: the first token reaches the mass, so it is enough
+        ({"top_p": 0.49}, [1.0]),
         ({"top_p": 0.51}, [0.625, 0.375]),  # the token that crosses the mass stays
         ({"top_p": 0.81}, [0.5, 0.3, 0.2]),
         ({"top_p": 1e-9}, [1.0]),  # one token always stays
@@ -45,6 +45,13 @@ def whole(full: np.ndarray, k: int) -> Logits:
 )
 def test_kept_probabilities(params: dict[str, object], expected: list[float]) -> None:
     assert kept([0.3, 0.5, 0.2], **params) == expected
+
+
+def test_a_token_that_reaches_the_mass_exactly_is_enough() -> None:
+    """The tie rule of transformers; shares that are powers of two are exact."""
+    assert kept([0.5, 0.5], top_p=0.5) == [1.0]
+    assert kept([0.25] * 4, top_p=0.5) == [0.5, 0.5]
+    assert kept([0.25] * 4, top_p=0.51) == [0.3333] * 3
 
 
 def test_ties_at_the_kth_place_all_stay() -> None:

@@ -1,0 +1,204 @@
+"""The commands that sample: `generate` and `questions`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ramekin.engine import Engine, TruncationWarning
+from ramekin.errors import InputError
+from ramekin.inputs import read_papers, read_prompts
+from ramekin.options import model_options, open_engine, sampling_options
+from ramekin.paper import SEPARATOR, Paper, QAPair, build_prompt
+from ramekin.sample import Completion, Token
+from ramekin.sampling import SamplingParams
+from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say, whole, write
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path), default="-")
+@sampling_options
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each prompt, on a line of its own.")
+@click.option("--stream", is_flag=True, help="Show text as it comes (with several samples: each one when it is finished).")
+def generate(
+    model: Path,
+    file: Path,
+    threads: int | None,
+    provider: str | None,
+    max_source_tokens: int | None,
+    on_long: str,
+    as_json: bool,
+    stream: bool,
+    **sampling: Any,
+) -> None:
+    """Continue the prompt in FILE (- or nothing: stdin); a .jsonl FILE holds many, each a text or an object with "prompt".
+
+    \b
+    Examples:
+      echo "Translate to German: Hello." | ramekin generate model
+      ramekin generate model prompts.jsonl -n 4 --seed 7 --json
+    """
+    if str(file) == "-" and is_terminal(sys.stdin):
+        say("reading the prompt from this terminal; Ctrl-D ends it")
+    prompts = read_prompts(file)
+    engine = open_engine(model, provider, threads, max_source_tokens)
+    params = _params(engine, sampling)
+    labels = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    sources = _sources(engine, labels, prompts, on_long)
+
+    def show(event: Token | Completion) -> None:
+        if isinstance(event, Completion) and params.n > 1:
+            write(f"[{event.index}] {event.text}")
+        elif isinstance(event, Token) and params.n == 1:
+            write(event.text, end="")
+
+    def tell(prompt: str, samples: list[Completion]) -> None:
+        if as_json:
+            rows = [_completion_json(completion) for completion in samples]
+            write(json_line({"prompt": prompt, "samples": rows, **_interrupted(samples, params.n)}))
+        elif stream and params.n == 1:
+            write()
+        elif not stream:
+            for completion in samples:
+                write(completion.text)
+
+    pairs = list(zip(prompts, sources, strict=True))
+    size = 1 if stream else engine.model.prompts_at_once
+    _sample(
+        engine, progress_in_groups(_groups(pairs, size), "prompts"), params, tell, show if stream and not as_json else None
+    )
+
+
+def _completion_json(completion: Completion) -> dict[str, Any]:
+    return {
+        "index": completion.index,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "logprobs": [round(value, 6) for value in completion.logprobs],
+        "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
+    }
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("paper", type=click.Path(path_type=Path))
+@sampling_options
+@model_options
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each paper, on a line of its own.")
+@click.option("--all", "show_all", is_flag=True, help="Print malformed pairs too, with what is wrong with them.")
+def questions(
+    model: Path,
+    paper: Path,
+    threads: int | None,
+    provider: str | None,
+    max_source_tokens: int | None,
+    on_long: str,
+    as_json: bool,
+    show_all: bool,
+    **sampling: Any,
+) -> None:
+    """Ask and answer questions about a PAPER: JSON with title, abstract, introduction; text with such headings; or .jsonl.
+
+    \b
+    Examples:
+      ramekin questions model paper.json -n 16
+      ramekin questions model papers.jsonl -n 8 --seed 7 --json > pairs.jsonl
+    """
+    papers = read_papers(paper)
+    engine = open_engine(model, provider, threads, max_source_tokens)
+    if engine.manifest.tokens.named.get(SEPARATOR) in engine.manifest.tokens.silent:
+        say(f"{SEPARATOR} is a special token of this model's tokenizer, which texts leave out: no pair can be told")
+    usual = 1 if sampling["greedy"] else 16  # greedy samples are all the same
+    params = _params(engine, {**sampling, "n": usual if sampling["n"] is None else sampling["n"]})
+    malformed = total = 0
+
+    def tell(each: Paper, samples: list[Completion]) -> None:
+        nonlocal malformed, total
+        pairs = [QAPair.parse(sample.text, cut=sample.finish_reason == "length") for sample in samples]
+        total, malformed = total + len(pairs), malformed + sum(not pair.well_formed for pair in pairs)
+        if as_json:
+            rows = [
+                {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
+                for pair, sample in zip(pairs, samples, strict=True)
+            ]
+            write(json_line({"title": each.title, "pairs": rows, **_interrupted(samples, params.n)}))
+            return
+        if len(papers) > 1:
+            write(f"# {each.title}\n")
+        for pair in pairs:
+            if show_all or pair.well_formed:
+                note = f"\n   ({pair.problem})" if pair.problem else ""
+                write(f"Q: {pair.question}\nA: {pair.answer}{note}\n")
+
+    labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
+    prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
+    sources = _sources(engine, labels, prompts, on_long)
+    groups = _groups(list(zip(papers, sources, strict=True)), engine.model.prompts_at_once)
+    _sample(engine, progress_in_groups(groups, "papers"), params, tell)
+    if malformed and not as_json:
+        hint = "" if show_all else "; --all prints them"
+        say(f"{malformed} of {total} samples were not a question and a whole answer{hint}")
+
+
+def _sample(
+    engine: Engine,
+    groups: Iterable[list[tuple[Item, Any]]],
+    params: SamplingParams,
+    tell: Callable[[Item, list[Completion]], None],
+    show: Callable[[Token | Completion], None] | None = None,
+) -> None:
+    """Sample from group after group of items with their token ids; tell of each item, and show events as they come."""
+    for group in groups:
+        done: list[list[Completion]] = [[] for _ in group]
+        try:
+            for number, event in engine.stream_many([source for _, source in group], params):
+                if isinstance(event, Completion):
+                    done[number].append(event)
+                if show:
+                    show(event)
+        finally:  # what is finished is not lost, whatever happens
+            with whole():
+                for (item, _), samples in zip(group, done, strict=True):
+                    if samples or show:  # a line that was shown in part is ended
+                        tell(item, sorted(samples, key=lambda completion: completion.index))
+
+
+def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str) -> list[Any]:
+    """The token ids of all prompts; which of them are too long is told before any is run."""
+    sources = []
+    for label, prompt in zip(labels, prompts, strict=True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")  # else the second prompt that is cut would not be told of
+            sources.append(engine.source_ids(prompt))
+        for each in caught:
+            if on_long == "error" and issubclass(each.category, TruncationWarning):
+                limit, count = engine.manifest.max_source_tokens, len(engine.tokenizer.encode(prompt))
+                raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
+            say(f"{label}: {each.message}" if len(labels) > 1 else each.message)
+    return sources
+
+
+def _interrupted(samples: list[Completion], n: int) -> dict[str, bool]:
+    """What a record with fewer samples than were asked for says of it."""
+    return {"interrupted": True} if len(samples) < n else {}
+
+
+def _groups(items: list[Item], size: int) -> list[list[Item]]:
+    """The items in groups that the model computes together."""
+    return [items[first : first + size] for first in range(0, len(items), size)]
+
+
+def _params(engine: Engine, sampling: dict[str, Any]) -> SamplingParams:
+    given = {name: value for name, value in sampling.items() if value is not None and value != ()}
+    try:
+        return engine.params(**given)
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error)) from None
