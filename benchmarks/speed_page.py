@@ -163,7 +163,8 @@ def _cut(runs: Rows) -> str:
 
 
 def _cell(runs: Rows) -> str:
-    return f"{_cut(runs)}{_seconds(_job_s(runs))} ± {_spread(runs):.0%}"
+    spread = f" ± {_spread(runs):.0%}" if len(runs) > 1 else ""
+    return f"{_cut(runs)}{_seconds(_job_s(runs))}{spread}"
 
 
 def _seconds(value: float) -> str:

@@ -18,11 +18,14 @@ from safetensors import SafetensorError, safe_open
 from ramekin.cache import Floats
 from ramekin.config_files import read_json
 from ramekin.errors import CheckpointError
-from ramekin.manifest import FileRecord
+from ramekin.manifest import Dims, FileRecord
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.paper import valid_text
 from ramekin_export.traced import read_traced
 
+_ADAPTER = "adapter_config.json"
+_MERGE = "merge them with peft (`merge_and_unload`), save the whole model and export that"
+_BLOCK = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 _EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -41,6 +44,8 @@ class Checkpoint:
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
         self.folder = folder
         self.config = read_json(folder / "config.json")
+        if (folder / _ADAPTER).is_file():
+            raise CheckpointError(f"{folder}: its {_ADAPTER} tells of weights to add; {_MERGE}")
         if "quantization_config" in self.config:
             raise CheckpointError(
                 f"{folder}: its weights are quantized already; export the checkpoint that they were made from"
@@ -59,6 +64,8 @@ class Checkpoint:
         """
         folder = Path(source)
         if folder.is_dir():
+            if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
+                raise CheckpointError(f"{folder}: an adapter without its model; {_MERGE}")
             if revision:
                 raise CheckpointError(f"{source}: a folder has no revisions; leave --revision out")
             return cls(folder, {"folder": valid_text(folder.resolve().name)})
@@ -70,6 +77,24 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._readers
 
+    def check_names(self, dims: Dims) -> None:
+        """Whether weights would be lost: transformers warns of what it does not use, and a network cut in half still talks.
+
+        Raises:
+            CheckpointError: there are weights of more blocks than `config.json` tells of, or of adapters.
+        """
+        for name in self._readers:
+            if "lora_" in name:
+                raise CheckpointError(f"{self.folder}: tensor {name!r} is an adapter's; {_MERGE}")
+            block = _BLOCK.match(name)
+            if block:
+                layers = dims.encoder_layers if block[1] == "encoder" else dims.decoder_layers
+                if int(block[2]) >= layers:
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {name!r} is of a block that config.json does not have: "
+                        f"{layers} in the {block[1]}"
+                    )
+
     def tensor(self, name: str, *shape: int) -> Floats:
         """Read one tensor as float32.
 
@@ -80,7 +105,8 @@ class Checkpoint:
             name = next((each for each in _EMBEDDING_NAMES if each in self._readers), name)
         if name not in self._readers:
             raise CheckpointError(
-                f"{self.folder}: the weights have no tensor {name!r}; is this a whole T5 with its decoder?"
+                f"{self.folder}: the weights have no tensor {name!r}; is this a whole T5 with its decoder, "
+                "named as transformers does?"
             )
         try:
             array = np.asarray(self._readers[name](name))
@@ -174,7 +200,8 @@ def _from_hub(repository: str, revision: str | None) -> Path:
         wanted = _wanted(each.rfilename for each in listing)
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except LocalEntryNotFoundError:
-        reason = "the Hub cannot be reached and its cache does not have it; check the network or give a folder"
+        found = f"revision {revision} of it" if revision else "it"
+        reason = f"the Hub cannot be reached and its cache does not have {found}; check the network or give a folder"
     except (HfHubHTTPError, HFValidationError) as error:
         reason = f"the Hub answers: {str(error).strip().splitlines()[0]}"
     except OSError as error:

@@ -11,12 +11,12 @@ from typing import Any
 
 import click
 
-from ramekin.cli import questions
 from ramekin.errors import RamekinError
 from ramekin.manifest import DEFAULT_PROMPT, Manifest
 from ramekin.options import Command, hush
 from ramekin.paper import check_prompt
 from ramekin.quality import table
+from ramekin.sample_cli import questions
 from ramekin.terminal import is_terminal
 from ramekin_export.formats import FORMATS
 from ramekin_export.pipeline import Progress
@@ -26,7 +26,18 @@ from ramekin_export.verify import Checks, against
 from ramekin_export.via_optimum import export_via_optimum
 
 _PAPERS = click.Path(path_type=Path, exists=True, dir_okay=False)
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+class _Out(click.Path):
+    """A folder to make; an empty name, of a variable that is not set perhaps, is not this folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A path."""
+        if value == "":
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @contextmanager
@@ -80,7 +91,7 @@ def export_options(command: Command) -> Command:
 
 @click.command()
 @click.argument("source")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Out(path_type=Path))
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option(
     "--via",
@@ -132,7 +143,7 @@ def export(
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=_Out(path_type=Path))
 @export_options
 def convert(folder: Path, out: Path, precision: str, prompt: str, force: bool, **checks: Any) -> None:
     """Turn optimum's float32 export in FOLDER into a model folder of ours, where the checkpoint is gone.

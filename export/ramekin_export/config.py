@@ -12,6 +12,7 @@ from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import Dims
 
 _FAMILY = ("mt5", "t5")
+_HEAD_STEP = 8  # of GroupQueryAttention
 _FARTHEST = 1 << 16  # T5 has 128; the table of biases holds each distance
 ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}
 """The operator for each."""
@@ -62,9 +63,13 @@ class T5Config:
         projection = feed_forward_of(raw)
         gated, activation = projection.startswith("gated-"), projection.removeprefix("gated-")
         if projection == "gated-gelu":
-            activation = "gelu_new"  # as transformers does, whatever dense_act_fn says
+            activation = "gelu_new"
+        # transformers makes these two of the former, and then lets the file have the last word.
+        named, says = raw.get("dense_act_fn"), _flag(raw, "is_gated_act")
+        activation, gated = str(named or activation), gated if says is None else says
         if activation not in ACTIVATIONS:
-            raise CheckpointError(f"config.json: feed_forward_proj {projection!r} is not supported")
+            told = f"dense_act_fn {named!r}" if named else f"feed_forward_proj {projection!r}"
+            raise CheckpointError(f"config.json: {told} is not supported; only {', '.join(ACTIVATIONS)} are")
         layers = raw.get("num_layers", 6)
         try:
             dims = Dims(
@@ -81,6 +86,8 @@ class T5Config:
             epsilon = float(raw.get("layer_norm_epsilon", 1e-6))
         except (ModelFormatError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"config.json: {error}") from None
+        if dims.head_dim % _HEAD_STEP:
+            raise CheckpointError(f"config.json: d_kv {dims.head_dim}: onnxruntime wants a multiple of {_HEAD_STEP}")
         if buckets < 4 or not buckets // 2 < max_distance <= _FARTHEST or not 0 < epsilon < 1:
             raise CheckpointError("config.json: relative attention or layer_norm_epsilon out of range")
         return cls(
@@ -107,8 +114,14 @@ class T5Config:
             equal_to_embedding: whether the head's weights are the embedding's; None if there are no weights of its own.
 
         Raises:
-            CheckpointError: config and weights contradict each other, and versions of transformers would disagree.
+            CheckpointError: config and weights contradict each other, and versions of transformers would disagree; or
+                there is no head where there must be one.
         """
+        if equal_to_embedding is None and self.tied is False and self.scaled is None:
+            raise CheckpointError(
+                "the weights have no tensor 'lm_head.weight', and config.json says that the embedding does not stand in "
+                "for it (tie_word_embeddings: false); is this a whole T5 with its decoder and head?"
+            )
         if self.scaled is not None:
             return self.scaled
         if equal_to_embedding is False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -45,7 +46,8 @@ def export(
     """Turn a checkpoint into a model folder, whole or not at all.
 
     Calibration and verification run the model in float32, from a temporary folder beside `out`. Where onnxruntime is not
-    installed both are left out. So are the compact graphs where onnxruntime cannot run them: their scales are measured.
+    installed both are left out, with a warning. So are the compact graphs where it cannot run them, since their scales are
+    measured.
 
     Args:
         source: a folder as `save_pretrained` writes it, or a Hub id.
@@ -61,6 +63,7 @@ def export(
         CheckpointError: the checkpoint cannot be exported; the text says why.
         FileExistsError: `out` is there and `force` was not asked for, or it holds something else than a model.
         ValueError: `precision` or `prompt` is none.
+        RuntimeVersionError: there are papers to calibrate or verify with, but no onnxruntime.
         VerificationError: the model's predictions are too far from float32's.
     """
     if precision not in PRECISIONS:
@@ -74,6 +77,8 @@ def export(
     # Nothing is written that could not be looked at.
     compact = isinstance(recipe, Recipe) and recipe.compact and _runs_here(COMPACT_RUNTIMES)
     seen, judged = checks.calibration_papers(), checks.verification_papers()
+    if not runs:
+        _tell_what_is_missing(checks)
     writer = Writer(Checkpoint.open(source, revision), prompt)
     with whole_or_not_at_all(out, force) as folder:
         if isinstance(recipe, Recipe) and recipe.calibrated and runs:
@@ -112,6 +117,14 @@ def _require(quality: Mapping[str, Any]) -> None:
         check(quality)
     except VerificationError as error:
         raise VerificationError(f"{error}; --allow-quality-loss keeps the model as it is") from None
+
+
+def _tell_what_is_missing(checks: Checks) -> None:
+    install = "pip install 'ramekin[cpu,export]'"
+    if checks.calibrate or checks.papers:
+        raise RuntimeVersionError(f"papers to calibrate or to verify with need onnxruntime: {install}")
+    missing = "nothing is calibrated, measured or compared with float32, and `ramekin verify` cannot run it"
+    warnings.warn(f"without onnxruntime {missing}: {install}", RuntimeWarning, stacklevel=3)
 
 
 def _runs_here(supported: VersionRange) -> bool:

@@ -53,14 +53,26 @@ def scratch(beside: Path) -> Iterator[Path]:
         with _told_when_full(beside.parent):
             yield folder
     finally:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Take a folder away, also if a signal comes meanwhile; a second one is not heard at once (`ramekin.stopping`)."""
+    try:
         shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager
 def whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, and vanishes if anything goes wrong before."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    except OSError as error:  # the name of the temporary folder says nothing to anybody
+        raise OSError(error.errno, error.strerror, str(out)) from None
     try:
         os.umask(umask := os.umask(0))
         folder.chmod(0o777 & ~umask)
@@ -69,7 +81,7 @@ def whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
         check_target(out, force)  # somebody may have put something there meanwhile
         _take_place(folder, out)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 @contextmanager

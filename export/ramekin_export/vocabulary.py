@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def _write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[
     rebuilt = not (folder / "spiece.model").is_file()
     if rebuilt:
         if not (folder / "tokenizer.json").is_file():
-            raise CheckpointError(f"{folder}: no spiece.model and no tokenizer.json; save the tokenizer with the model")
+            raise CheckpointError(
+                f"{folder}: no spiece.model and no tokenizer.json, the tokenizers of T5; save the tokenizer with the model"
+            )
         out.write_bytes(_spiece_of(read_json(folder / "tokenizer.json"), folder))
     else:
         out.write_bytes((folder / "spiece.model").read_bytes())
@@ -61,7 +64,21 @@ def _write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[
         raise CheckpointError(f"{folder}/spiece.model: not a SentencePiece model") from None
     tokens = special_tokens(folder, raw, generation, pieces)
     if rebuilt:
-        _check_against_tokenizers(folder, Tokenizer(pieces, tokens))
+        wrong = _difference(folder, Tokenizer(pieces, tokens), _PROBES)
+        if wrong:
+            raise CheckpointError(
+                f"{folder}/tokenizer.json: no SentencePiece model agrees with it ({wrong}); "
+                "put the spiece.model of the base model into the folder"
+            )
+    elif (folder / "tokenizer.json").is_file():  # which transformers reads by default
+        plain, *rare, _special = _PROBES
+        if wrong := _difference(folder, Tokenizer(pieces, tokens), [plain]):
+            raise CheckpointError(
+                f"{folder}: spiece.model and tokenizer.json read texts differently ({wrong}); "
+                "take away the one that the model was not trained with"
+            )
+        if wrong := _difference(folder, Tokenizer(pieces, tokens), rare):
+            warnings.warn(f"{folder}: tokenizer.json differs from spiece.model, which is taken: {wrong}", stacklevel=2)
     return tokens
 
 
@@ -104,17 +121,16 @@ def _charsmap(normalizer: Mapping[str, Any]) -> bytes:
     return b""
 
 
-def _check_against_tokenizers(folder: Path, ours: Tokenizer) -> None:
+def _difference(folder: Path, ours: Tokenizer, probes: Sequence[str]) -> str:
+    """A text that `tokenizer.json` reads differently, and how; empty if there is none."""
     from tokenizers import Tokenizer as Reference  # noqa: PLC0415
 
     try:
         reference = Reference.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises nothing more exact
         raise CheckpointError(f"{folder}/tokenizer.json: cannot be read: {error}") from None
-    for text in _PROBES:
+    for text in probes:
         expected, found = reference.encode(text).ids, ours.encode(text)
         if expected != found:
-            raise CheckpointError(
-                f"{folder}/tokenizer.json: no SentencePiece model agrees with it ({text!r} gives {found}, not {expected}); "
-                "put the spiece.model of the base model into the folder"
-            )
+            return f"{text!r} gives {found}, not {expected}"
+    return ""

@@ -39,6 +39,7 @@ class Writer:
     def __init__(self, checkpoint: Checkpoint, prompt: str) -> None:
         self._checkpoint, self._prompt = checkpoint, prompt
         self._config = T5Config.from_json(checkpoint.config)
+        checkpoint.check_names(self._config.dims)
 
     def write(self, folder: Path, precision: str, recipe: Recipe | Format, progress: Progress) -> Manifest:
         """Fill an empty folder: by a recipe with graphs for the CPU, in a number format with graphs for CUDA.

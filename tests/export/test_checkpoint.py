@@ -294,6 +294,10 @@ def integers(tensors: dict[str, np.ndarray]) -> None:
     tensors[name] = (tensors[name] * 100).astype(np.int8)
 
 
+def adapt(tensors: dict[str, np.ndarray]) -> None:
+    tensors["decoder.block.0.layer.0.SelfAttention.q.lora_A.default.weight"] = np.ones((2, 64), np.float32)
+
+
 def drop_norm(tensors: dict[str, np.ndarray]) -> None:
     del tensors["decoder.final_layer_norm.weight"]
 
@@ -336,6 +340,9 @@ def index(content: str) -> Callable[[Path], None]:
         (text("tokenizer_config.json", '{"extra_ids": Infinity}'), "its tokenizer files are not"),
         (text("tokenizer.json", '{"added_tokens":[{"id":Infinity,"content":"x"}]}'), "its tokenizer files are not"),
         (config(feed_forward_proj="gated-silu"), "'gated-silu' is not supported"),
+        (config(dense_act_fn="silu"), "dense_act_fn 'silu' is not supported; only relu, gelu, gelu_new"),
+        (config(is_gated_act="yes"), "is_gated_act must be true or false"),
+        (config(d_kv=12), "d_kv 12: onnxruntime wants a multiple of 8"),
         (config(d_kv=0), "dims.head_dim must be a positive integer"),
         (config(d_model="64"), "dims.d_model must be a positive integer"),
         (config(num_layers=None), "no tensor 'encoder.block.3.layer.0."),
@@ -344,6 +351,11 @@ def index(content: str) -> Callable[[Path], None]:
         (config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
         (config(layer_norm_epsilon=0), "out of range"),
         (config(relative_attention_max_distance=1 << 62), "out of range"),
+        (weights(drop_head), r"no tensor 'lm_head.weight', and config.json says .*tie_word_embeddings: false"),
+        (config(num_layers=2), "is of a block that config.json does not have: 2 in the encoder"),
+        (config(num_decoder_layers=1), "is of a block that config.json does not have: 1 in the decoder"),
+        (weights(adapt), "lora_A.default.weight' is an adapter's; merge them with peft"),
+        (text("adapter_config.json", "{}"), "adapter_config.json tells of weights to add; merge them with peft"),
         (weights(drop_norm), "no tensor 'decoder.final_layer_norm.weight'"),
         (weights(infinite), "numbers that are not finite"),
         (truncate, "not a safetensors file"),
@@ -362,6 +374,36 @@ def test_broken_checkpoints(copy: Callable[[str], Path], tmp_path: Path, damage:
         export(str(folder), tmp_path / "model")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_an_adapter_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="an adapter without its model; merge them with peft"):
+        Checkpoint.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("relu", True), ("gelu", True), ("gelu_new", True), ("gelu", False), ("relu", False)]
+)
+def test_the_activation_that_the_config_names_last(copy: Callable[[str], Path], activation: str, gated: bool) -> None:
+    """transformers derives it from `feed_forward_proj`, and then takes `dense_act_fn` and `is_gated_act` from the file."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    folder = copy("flan")
+    edit_config(folder, dense_act_fn=activation, is_gated_act=gated)
+    if not gated:
+
+        def rename(tensors: dict[str, np.ndarray]) -> None:
+            for name in [name for name in tensors if ".wi_" in name]:
+                tensor = tensors.pop(name)
+                if "wi_0" in name:
+                    tensors[name.replace("wi_0", "wi")] = tensor
+
+        edit_weights(folder, rename)
+    reference = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.no_grad():
+        fed = torch.tensor([[0, *TARGET[:-1]]])
+        expected = reference(input_ids=torch.tensor([SOURCE]), decoder_input_ids=fed).logits[0].numpy()
+    np.testing.assert_allclose(logits_of(folder), expected, atol=1e-4)
 
 
 # The Hub

@@ -17,12 +17,15 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ramekin import Engine, SamplingParams
+from ramekin import Engine, RuntimeVersionError, SamplingParams
+from ramekin.cli import main
+from ramekin.config_files import generation_defaults
 from ramekin.errors import FormatVersionError
 from ramekin.golden import check
 from ramekin.manifest import FileRecord, Manifest
 from ramekin.model import COMPACT_RUNTIMES
 from ramekin_export import pipeline, writer
+from ramekin_export.cli import EXAMPLES
 from ramekin_export.graph import WeightFile
 from ramekin_export.pipeline import export
 from ramekin_export.target import check_target, scratch, whole_or_not_at_all
@@ -317,6 +320,42 @@ def test_settings_that_mean_nothing_without_sampling(checkpoint: Callable[[str],
     assert export(str(folder), tmp_path / "model", "fp32").generation == {"max_new_tokens": 7}
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"top_k": None, "transformers_version": "4.57.6"}, {"top_k": 0}),  # no limit
+        ({"top_k": None, "transformers_version": "5.23.0"}, {}),  # not set
+        ({"min_new_tokens": 150, "max_length": 512, "do_sample": True}, {"min_new_tokens": 150, "max_new_tokens": 150}),
+        ({"min_new_tokens": 150}, {"min_new_tokens": 150, "max_new_tokens": 150}),
+        ({"min_new_tokens": 150, "max_new_tokens": 200}, {"min_new_tokens": 150, "max_new_tokens": 200}),
+        ({"min_new_tokens": 9}, {"min_new_tokens": 9}),
+    ],
+)
+def test_generation_settings_that_need_a_second_look(settings: dict[str, object], expected: dict[str, int]) -> None:
+    assert generation_defaults(settings) == expected
+
+
+def test_added_tokens_of_old(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Where tokenizers without Rust kept them before transformers 4.34."""
+    folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    (folder / "added_tokens.json").write_text('{"[SEP]": 500, "[CLS]": 501, "[NEW]": 100000}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>", "cls_token": {"content": "[CLS]"}}')
+    with pytest.warns(UserWarning, match=r"'\[NEW\]' has id 100000, but the model has 512 tokens"):
+        export(str(folder), tmp_path / "model", "fp32")
+    tokenizer = Engine.load(tmp_path / "model").tokenizer
+    ids = tokenizer.encode("We [SEP] propose [CLS]<extra_id_0>")
+    assert {500, 501} < set(ids)
+    assert tokenizer.decode(ids).replace(" ", "") == "We[SEP]propose"
+    assert len(tokenizer.encode("<extra_id_0>")) == 2
+
+
+def test_legacy_tokenizers_are_told_of(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    (folder / "tokenizer_config.json").write_text('{"legacy": false}')
+    with pytest.warns(UserWarning, match="legacy: false; a text right behind a special token is read as with true"):
+        export(str(folder), tmp_path / "model", "fp32")
+
+
 def test_the_text_of_added_tokens(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Special ones are silent, a fine-tuner's own `[SEP]` is not; and prompts end with the tokenizer's eos."""
     import shutil
@@ -367,7 +406,36 @@ def test_no_onnxruntime_no_golden_run(
     checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert pipeline.export(str(checkpoint("flan")), tmp_path / "model", "fp32").golden == {}
+    with pytest.warns(RuntimeWarning, match="without onnxruntime nothing is calibrated, measured or compared"):
+        assert pipeline.export(str(checkpoint("flan")), tmp_path / "model", "int4").golden == {}
+    for given in ("calibrate", "papers"):
+        checks = Checks(**{given: EXAMPLES / "paper.json"})
+        with pytest.raises(RuntimeVersionError, match="papers to calibrate or to verify with need onnxruntime"):
+            pipeline.export(str(checkpoint("flan")), tmp_path / "other", "int4", checks=checks)
+
+
+def test_a_signal_while_it_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Path] = []
+    remove = shutil.rmtree
+
+    def interrupted(folder: Path, **options: object) -> None:
+        removed.append(folder)
+        if len(removed) == 1:
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr("ramekin_export.target.shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), scratch(tmp_path / "model") as folder:
+        (folder / "weights.bin").write_text("x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_empty(checkpoint: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """As of a variable that is not set: that is not the folder one is in."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(checkpoint("flan")), ""])
+    assert stopped.value.code == 2
+    assert "Invalid value for 'OUT': it is empty" in capsys.readouterr().err
 
 
 def test_graphs_are_ordinary_onnx(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -131,6 +131,25 @@ def test_a_tokenizer_json_that_sentencepiece_cannot_follow(shared_data: Path, tm
         load(tmp_path, tmp_path / "made.model")
 
 
+def test_two_tokenizers_that_disagree(shared_data: Path, tmp_path: Path) -> None:
+    """transformers reads tokenizer.json by default, so it has to read texts as spiece.model does."""
+    folder = shared_data / "flan_t5_tokenizer"
+    for name in ("spiece.model", "tokenizer.json"):
+        shutil.copy(folder / name, tmp_path)
+    load(tmp_path, tmp_path / "made.model")
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    other = {"type": "Replace", "pattern": {"String": "\u00ef"}, "content": "i"}
+    rare = {"type": "Sequence", "normalizers": [other, raw["normalizer"]]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "normalizer": rare}))
+    with pytest.warns(UserWarning, match="tokenizer.json differs from spiece.model, which is taken: 'na\u00efve"):
+        load(tmp_path, tmp_path / "made.model")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(
+        CheckpointError, match=r"read texts differently .*take away the one that the model was not trained with"
+    ):
+        load(tmp_path, tmp_path / "made.model")
+
+
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no spiece.model and no tokenizer.json"):
         load(tmp_path, tmp_path / "made.model")
