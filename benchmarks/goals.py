@@ -25,7 +25,7 @@ class Goal:
         reached: the figure; None if it was not measured.
         by: which of our precisions reached it, and next to whom.
         of_the_ceiling: the share of what the machine could do, if that was measured.
-        rounds: the figure in the rounds in which both took turns, lowest and highest.
+        rounds: the figure in each round in which both took turns.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Goal:
     reached: float | None
     by: str = ""
     of_the_ceiling: float | None = None
-    rounds: tuple[float, float] | None = None
+    rounds: tuple[float, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -54,7 +54,9 @@ class Goal:
         share = "" if self.of_the_ceiling is None else f"{self.of_the_ceiling:.0%}"
         reached = "" if self.reached is None else self._show(self.reached)
         if self.rounds:
-            reached += f" ({self.rounds[0]:.2f} to {self.rounds[1]:.2f})"
+            count = len(self.rounds)
+            spread = f"{min(self.rounds):.2f} to {max(self.rounds):.2f} in {count} rounds" if count > 1 else "1 round"
+            reached += f" ({spread})"
         bounds = f"{sign} {self._show(self.goal)} | {sign} {self._show(self.floor)}"
         return f"| {self.name} | {bounds} | {reached} | {self.verdict} | {self.by} | {share} |"
 
@@ -73,8 +75,8 @@ def section(found: Found, own: Sequence[Mapping[str, Any]]) -> str:
     """
     lines = [
         "## Goals\n",
-        "Next to others: the best of our precisions and the fastest of all peers in that line, whatever their bits, the median of the rounds in "
-        "which both took turns (the lowest and the highest of them in brackets; none where they took no turns). Memory and cold start: the best of "
+        "Next to others: the best of our precisions and the fastest of all peers in that line, whatever their bits: the median of the rounds in "
+        "which both took turns (in brackets), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
         "our precisions; Python's share and what grows: the worst of those measured. The last column is the share of what "
         "this machine could do: for times, reading the weights or multiplying, whichever takes longer; for memory, the weights, keys "
         "and values of the job. What is no rate has none.\n",
@@ -167,11 +169,11 @@ def _medians(found: Found, job: str, figure: Figure) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Ratio:
-    """How many times as fast one of ours is as a peer; which two these are; the lowest and the highest of the rounds in turn."""
+    """How many times as fast one of ours is as a peer; which two these are; the same in each round in turn."""
 
     value: float | None = None
     by: str = ""
-    rounds: tuple[float, float] | None = None
+    rounds: tuple[float, ...] = ()
 
 
 def _ratio(found: Found, job: str, figure: Figure, peers: Sequence[str] = ()) -> _Ratio:
@@ -183,10 +185,10 @@ def _ratio(found: Found, job: str, figure: Figure, peers: Sequence[str] = ()) ->
         return _Ratio()
     best, peer = min(ours, key=lambda name: ours[name]), min(others, key=lambda name: others[name])
     mine, theirs = (_by_round(found[job, engine], figure) for engine in (best, peer))
-    in_turn = [theirs[each] / mine[each] for each in mine.keys() & theirs.keys()]
+    in_turn = tuple(theirs[each] / mine[each] for each in mine.keys() & theirs.keys())
     if not in_turn:
         return _Ratio(others[peer] / ours[best], f"{best}, {peer}")
-    return _Ratio(float(np.median(in_turn)), f"{best}, {peer}", (min(in_turn), max(in_turn)))
+    return _Ratio(float(np.median(in_turn)), f"{best}, {peer}", in_turn)
 
 
 def _by_round(runs: Runs, figure: Figure) -> dict[tuple[str, int], float]:

@@ -23,7 +23,7 @@ def divergence(model: str, predictor: str) -> float:
     return value
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.1), ("int4", 1.0)])
+@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.1), ("int4", 1.0), ("int4_calibrated-on-other-texts", 1.0)])
 @pytest.mark.parametrize("model", ["demo", "larger"])
 def test_quantization_is_within_its_limits(model: str, precision: str, limit: float) -> None:
     plain = divergence(model, precision)
