@@ -76,7 +76,7 @@ def section(found: Found, own: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "## Goals\n",
         "Next to others: the best of our precisions and the fastest of all peers in that line, whatever their bits: the median of the rounds in "
-        "which both took turns (in brackets), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
+        "which both took turns (their range in brackets), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
         "our precisions; Python's share and what grows: the worst of those measured. The last column is the share of what "
         "this machine could do: for times, reading the weights or multiplying, whichever takes longer; for memory, the weights, keys "
         "and values of the job. What is no rate has none.\n",

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.engines import ENGINES
 from benchmarks.naive import Int8PerTensor, NearestPerBlock
 from ramekin import Engine, SamplingParams
 from ramekin_export.pipeline import export
@@ -199,9 +200,7 @@ def _torch_int8(checkpoint: Path) -> Any:
 
 
 def _optimum_int8(checkpoint: Path, scratch: Path, papers: Path | None) -> Predictor:
-    from benchmarks.engines.hf import make
-
-    folder, engine = scratch / "int8", make(kind="optimum", int8=True)
+    folder, engine = scratch / "int8", ENGINES["optimum int8"].make()
     folder.mkdir()
     engine.prepare(checkpoint, folder)
     engine.load(checkpoint, folder, threads=1)

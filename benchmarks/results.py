@@ -85,13 +85,15 @@ def _mend(path: Path) -> None:
 
 def _commit() -> dict[str, Any]:
     """Which code was measured; nothing outside a clone."""
+    code = ("benchmarks/*.py", "benchmarks/engines", "runtime", "export", "pyproject.toml")  # results come and go
     try:
-        state = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=12", "--dirty"], cwd=_ROOT, capture_output=True, text=True, check=True
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--", *code))
         )
     except (OSError, subprocess.CalledProcessError):
         return {}
-    return {"commit": state.stdout.strip()}
+    return {"commit": f"{commit}-dirty" if changed else commit}
 
 
 def good_runs(rows: Rows) -> dict[tuple[str, str], list[Mapping[str, Any]]]:

@@ -149,7 +149,7 @@ def _load_openvino(kind: str, checkpoint: Path, folder: Path, threads: int) -> A
     from optimum.intel import OVModelForSeq2SeqLM
 
     config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    return OVModelForSeq2SeqLM.from_pretrained(folder, ov_config=config)
+    return OVModelForSeq2SeqLM.from_pretrained(str(folder), ov_config=config)
 
 
 _LOADERS: dict[str, Callable[[str, Path, Path, int], Any]] = {"optimum": _load_optimum, "openvino": _load_openvino}

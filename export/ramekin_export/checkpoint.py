@@ -43,9 +43,11 @@ class Checkpoint:
 
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.config = read_json(folder / "config.json")
         if (folder / _ADAPTER).is_file():
-            raise CheckpointError(f"{folder}: its {_ADAPTER} tells of weights to add; {_MERGE}")
+            whole = (folder / "config.json").is_file()
+            told = f"its {_ADAPTER} tells of weights to add" if whole else "an adapter without its model"
+            raise CheckpointError(f"{folder}: {told}; {_MERGE}")
+        self.config = read_json(folder / "config.json")
         if "quantization_config" in self.config:
             raise CheckpointError(
                 f"{folder}: its weights are quantized already; export the checkpoint that they were made from"
@@ -64,8 +66,6 @@ class Checkpoint:
         """
         folder = Path(source)
         if folder.is_dir():
-            if (folder / _ADAPTER).is_file() and not (folder / "config.json").is_file():
-                raise CheckpointError(f"{folder}: an adapter without its model; {_MERGE}")
             if revision:
                 raise CheckpointError(f"{source}: a folder has no revisions; leave --revision out")
             return cls(folder, {"folder": valid_text(folder.resolve().name)})

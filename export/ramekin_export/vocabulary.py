@@ -15,7 +15,9 @@ from ramekin.errors import CheckpointError
 from ramekin.manifest import DEFAULT_PROMPT, SpecialTokens
 from ramekin.tokenizer import Tokenizer
 
+_PLAIN = "Generate Question, Answer pair correspond to the following research paper. We propose a parser. Question, Answer:"
 _PROBES = (
+    _PLAIN,
     DEFAULT_PROMPT,
     "",
     "Hello  world \t\n 12,345.6 (x)",
@@ -71,13 +73,14 @@ def _write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[
                 "put the spiece.model of the base model into the folder"
             )
     elif (folder / "tokenizer.json").is_file():  # which transformers reads by default
-        plain, *rare, _special = _PROBES
-        if wrong := _difference(folder, Tokenizer(pieces, tokens), [plain]):
+        wrong = _difference(folder, Tokenizer(pieces, tokens), [_PLAIN])
+        if wrong and not any(text in _PLAIN for text in tokens.named):
             raise CheckpointError(
                 f"{folder}: spiece.model and tokenizer.json read texts differently ({wrong}); "
                 "take away the one that the model was not trained with"
             )
-        if wrong := _difference(folder, Tokenizer(pieces, tokens), rare):
+        wrong = wrong or _difference(folder, Tokenizer(pieces, tokens), _PROBES[:-1])
+        if wrong:
             warnings.warn(f"{folder}: tokenizer.json differs from spiece.model, which is taken: {wrong}", stacklevel=2)
     return tokens
 
@@ -127,10 +130,13 @@ def _difference(folder: Path, ours: Tokenizer, probes: Sequence[str]) -> str:
 
     try:
         reference = Reference.from_file(str(folder / "tokenizer.json"))
+        reference.no_padding()  # how a training script called it last is saved, too
+        reference.no_truncation()
     except Exception as error:  # tokenizers raises nothing more exact
         raise CheckpointError(f"{folder}/tokenizer.json: cannot be read: {error}") from None
     for text in probes:
         expected, found = reference.encode(text).ids, ours.encode(text)
         if expected != found:
-            return f"{text!r} gives {found}, not {expected}"
+            place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1)
+            return f"{text!r} gives {found[place:][:4]} at token {place % len(expected)}, not {expected[place:][:4]}"
     return ""

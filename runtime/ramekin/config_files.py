@@ -84,7 +84,8 @@ def feed_forward_of(raw: Mapping[str, Any]) -> str:
 def variant_of(raw: Mapping[str, Any]) -> str:
     """The member of the family in a `config.json`, for people."""
     kind = str(raw["model_type"])
-    return kind if kind != "t5" else "t5-v1.1" if feed_forward_of(raw).startswith("gated-") else "t5-v1.0"
+    gated = raw.get("is_gated_act", feed_forward_of(raw).startswith("gated-"))
+    return kind if kind != "t5" else "t5-v1.1" if gated else "t5-v1.0"
 
 
 def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], pieces: Any) -> SpecialTokens:

@@ -33,7 +33,7 @@ FLOAT32, INT64 = 1, 7  # ONNX's numbers for element types
 FLOATS = {"tensor(float)": FLOAT32, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 BYTES = {FLOAT32: 4, INT64: 8, 10: 2, 16: 2}
 _MOST_IDLE = 4 << 30
-"""Bytes. Prompts of up to 1024 tokens have 16 sizes: of FLAN-T5-large, one of each takes 0.9 GB."""
+"""Bytes. Single prompts of up to 1024 tokens have 16 sizes: of FLAN-T5-large, one of each takes 0.9 GB."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Pool:
             self._sort_in()
             fitting = [place for place, (kept, _) in enumerate(self._idle) if kept == plan]
             memory = self._idle.pop(fitting[-1])[1] if fitting else self._make(plan)
-        weakref.finalize(borrower, self._returned.append, (plan, memory)).atexit = False
+        weakref.finalize(borrower, self._take_back, plan, memory).atexit = False
         return memory
 
     def give_up_idle(self) -> None:
@@ -108,6 +108,14 @@ class Pool:
         with self._lock:
             self._returned.clear()
             self._idle.clear()
+
+    def _take_back(self, plan: Plan, memory: Memory) -> None:
+        self._returned.append((plan, memory))
+        if self._lock.acquire(blocking=False):  # else who has it, this thread perhaps, is looking for memory
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
 
     def _sort_in(self) -> None:
         """Keep what came back for the next job, but not too much; a prompt's and its samples' in any case."""

@@ -376,10 +376,12 @@ def test_broken_checkpoints(copy: Callable[[str], Path], tmp_path: Path, damage:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
-def test_an_adapter_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["", "someone/flan-t5-lora"])
+def test_an_adapter_alone(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("ramekin_export.checkpoint._from_hub", lambda *_: tmp_path)
     with pytest.raises(CheckpointError, match="an adapter without its model; merge them with peft"):
-        Checkpoint.open(str(tmp_path))
+        Checkpoint.open(source or str(tmp_path))
 
 
 @pytest.mark.parametrize(

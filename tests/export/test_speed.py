@@ -280,6 +280,11 @@ def test_next_to_a_peer_only_rounds_in_turn_count() -> None:
     assert any("| 3.20 x | floor |" in line for line in section(good_runs(alone), []).splitlines())
 
 
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_every_engine_can_be_made(name: str) -> None:
+    assert ENGINES[name].make()
+
+
 def test_natural_lengths_are_like_the_cards() -> None:
     assert len(NATURAL) == 16
     assert max(NATURAL) == 100

@@ -138,6 +138,17 @@ def test_two_tokenizers_that_disagree(shared_data: Path, tmp_path: Path) -> None
         shutil.copy(folder / name, tmp_path)
     load(tmp_path, tmp_path / "made.model")
     raw = json.loads((folder / "tokenizer.json").read_text())
+    called = {"padding": {"strategy": {"Fixed": 512}, "direction": "Right", "pad_to_multiple_of": None}}
+    called["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
+    called["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, **called}))  # as training scripts leave it
+    load(tmp_path, tmp_path / "made.model")
+    new = {"id": 32100, "content": "{", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    for text, told in (("{", "'Generate Question.*{abstract}"), ("paper", "'Generate Question.*parser")):
+        added = [*raw["added_tokens"], {**new, "content": text, "special": False}]
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": added}))
+        with pytest.warns(UserWarning, match=f"tokenizer.json differs from spiece.model, which is taken: {told}"):
+            load(tmp_path, tmp_path / "made.model")
     other = {"type": "Replace", "pattern": {"String": "\u00ef"}, "content": "i"}
     rare = {"type": "Sequence", "normalizers": [other, raw["normalizer"]]}
     (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "normalizer": rare}))

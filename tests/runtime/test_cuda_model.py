@@ -169,6 +169,10 @@ def test_some_memory_is_kept_for_the_next_job(monkeypatch: pytest.MonkeyPatch) -
     assert pool.lend(plans[0], Borrower()).number == 10
     pool.give_up_idle()
     assert pool.lend(plans[-1], Borrower()).number == 11
+    pool.give_up_idle()
+    many = [pool.lend(plan, Borrower()) for plan in plans]
+    assert sum(4 * memory.values["logits"].shape()[1] for _, memory in pool._idle) <= 4 * 30  # at once, not at the next job
+    del many
     large = [Plan((("logits", (1, width), 1),)) for width in (1000, 2000)]
     numbers = [pool.lend(plan, Borrower()).number for plan in large]
     assert [pool.lend(plan, Borrower()).number for plan in large] == numbers  # a prompt's and its samples' in any case
