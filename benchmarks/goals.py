@@ -45,7 +45,8 @@ class Goal:
         more = self.unit == "x"
         for word, bound in (("goal", self.goal), ("floor", self.floor)):
             if self.reached >= bound if more else self.reached <= bound:
-                return word
+                always = all(each >= bound for each in self.rounds)  # only ratios have rounds
+                return word if always else f"{word}, not in every round"
         return "**below the floor**"
 
     def line(self) -> str:

@@ -276,6 +276,8 @@ def test_next_to_a_peer_only_rounds_in_turn_count() -> None:
     rows += [run("OpenVINO int8", "b", 0, 3.2)]  # a call of its own, in another hour perhaps
     lines = section(good_runs(rows), []).splitlines()
     assert any("| 3.50 x (3.00 to 5.00 in 3 rounds) | floor | ramekin int8, OpenVINO int8 |" in line for line in lines)
+    rows += [run("OpenVINO int8", "a", 3, 2.0), run("ramekin int8", "a", 3, 1.0)]
+    assert "3.25 x (2.00 to 5.00 in 4 rounds) | floor, not in every round |" in section(good_runs(rows), [])
     alone = [row for row in rows if row["engine"] == "ramekin int8" or row["call"] == "b"]
     assert any("| 3.20 x | floor |" in line for line in section(good_runs(alone), []).splitlines())
 
