@@ -48,7 +48,7 @@ class Plan:
         jobs: by name.
         rounds: how often each engine does each job.
         threads: how many threads each engine gets.
-        limit_s: a job that takes longer is cut, and its time extrapolated from its steps.
+        limit_s: a job of equal lengths that takes longer is cut, and its time extrapolated from its steps.
         pythons: interpreters to use for environments, instead of making these.
     """
 
@@ -203,9 +203,8 @@ def _order(plan: Plan, engine: str, order: dict[str, Any], limit: float) -> dict
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise RuntimeError("it ended without a result") from None
-    for line in (
-        said[-_HEARD:] if order["task"] == "run" else ()
-    ):  # warnings: a peer may tell that it does without its fast kernels
+    heard = said[-_HEARD:] if order["task"] == "run" else []
+    for line in heard:  # warnings: a peer may tell that it does without its fast kernels
         print(f"   {engine}: {line[:300]}", file=sys.stderr, flush=True)
     return answer
 
