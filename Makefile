@@ -28,6 +28,7 @@ bench: .venv-bench/done  ## Every engine on FLAN-T5-large's shape, then the page
 	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large
 	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large --levers
 	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large --own
+	.venv-bench/bin/python -m benchmarks run --shape flan-t5-large --kernels
 	.venv-bench/bin/python -m benchmarks report
 
 lint: .venv-lint/done  ## ruff and mypy

@@ -12,7 +12,7 @@ from benchmarks.jobs import JOBS, QUICK
 from benchmarks.machine import level
 from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
 from benchmarks.results import good_runs, read
-from benchmarks.speed import Plan, run_own
+from benchmarks.speed import Plan, run_kernels, run_own
 from benchmarks.speed import run as run_plan
 from ramekin.errors import RamekinError
 from ramekin.session import MOST_THREADS, usable_cores
@@ -37,6 +37,7 @@ def cli() -> None:
 @click.option("--quick", is_flag=True, help="The demo model and small jobs: a minute, for CI.")
 @click.option("--levers", is_flag=True, help="Not the engines, but our own levers, switched on one by one.")
 @click.option("--own", is_flag=True, help="Not the engines, but what `ramekin bench` tells of ours, for the page's goals.")
+@click.option("--kernels", is_flag=True, help="Not the engines, but where the time of ours goes, kernel by kernel.")
 @click.option("--engine", "engines", multiple=True, type=click.Choice(list(ENGINES)), help="Only these.  [default: all]")
 @click.option(
     "--job",
@@ -68,6 +69,7 @@ def run(
     quick: bool,
     levers: bool,
     own: bool,
+    kernels: bool,
     engines: tuple[str, ...],
     jobs: tuple[str, ...],
     rounds: int,
@@ -86,8 +88,8 @@ def run(
     """
     if sum(map(bool, (checkpoint, shape, quick))) != 1:
         raise click.UsageError("give a CHECKPOINT, or --shape, or --quick")
-    if (levers, own, bool(engines)).count(True) > 1:
-        raise click.UsageError("choose one of --levers, --own and --engine")
+    if (levers, own, kernels, bool(engines)).count(True) > 1:
+        raise click.UsageError("choose one of --levers, --own, --kernels and --engine")
     offered = QUICK if quick else JOBS
     unknown = set(jobs) - {*offered, "all"}
     if unknown:
@@ -106,18 +108,18 @@ def run(
         random=bool(shape),
         checkpoint=folder.resolve(),
         work=work.resolve(),
-        engines=tuple(LEVERS) if levers else _OURS if own else engines or tuple(ENGINES),
+        engines=tuple(LEVERS) if levers else _OURS if own or kernels else engines or tuple(ENGINES),
         jobs={name: offered[name] for name in jobs},
         rounds=rounds,
         threads=threads or usable_cores(),
         limit_s=limit,
         pythons=chosen,
     )
-    kind = "-levers" if levers else "-own" if own else ""
+    kind = "-levers" if levers else "-own" if own else "-kernels" if kernels else ""
     out = out or _RESULTS / f"{model}-{level()}{kind}.jsonl"
     click.echo(f"results: {out}", err=True)
     before = len(read(out))
-    (run_own if own else run_plan)(plan, out)
+    (run_own if own else run_kernels if kernels else run_plan)(plan, out)
     new = read(out)[before:]
     if any("error" in row for row in new) and not good_runs(new):
         raise click.ClickException("no engine ran; what failed stands above and in the results")

@@ -1,47 +1,160 @@
-"""Where a job's time goes, by operator. Prints one JSON object.
+"""Where a job's time goes, by kernel, next to the least that it could take. Prints one JSON object.
 
     python -m benchmarks.kernels MODEL [-n 16] [--source 900] [--tokens 100] [--threads 2]
 
-The job is run with onnxruntime's profiler, which slows it. How long it takes without: `ramekin bench MODEL`.
+onnxruntime's profiler tells how long each node took, and adds some microseconds to each; so the job is timed without it, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import tempfile
-from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import onnx
 import onnxruntime as ort
 
 from ramekin import Engine
 from ramekin.bench import Job, run
+from ramekin.ceiling import Ceiling
 from ramekin.model import Model, graphs, reads_compact
 
+REST = "everything else"
+_PRODUCTS = {"FusedMatMul", "MatMul", "MatMulIntegerToFloat", "MatMulNBits"}
+_INTEGERS = {"MatMulIntegerToFloat", "MatMulNBits"}
+_BYTES = {"float": 4, "int8": 1, "uint8": 1}
+_ATTENTION = {"GroupQueryAttention", "MultiHeadAttention"}
+_TO_THE_PROMPT = r"EncDecAttention\.(scores|mixed(_units)?)$"
+_ROLES = {
+    r"^decoder.*EncDecAttention\.[kv]$": "keys and values for the decoder",
+    r"\.(q|k|v|qkv)$": "q, k, v",
+    r"\.o$": "o",
+    r"\.wi(_[01])?$": "wi",
+    r"\.wo$": "wo",
+    r"^logits$": "head",
+    _TO_THE_PROMPT: "attention to the prompt",
+    r"SelfAttention\.heads$": "attention to own tokens",
+}
+"""By what a node computes, which its name tells: a kernel of the table."""
 
-def profile(folder: Path, job: Job, threads: int) -> dict[str, dict[str, float]]:
-    """Kernel time by operator: of the whole prompt for the encoder, of one step for the decoder, in milliseconds."""
+
+@dataclass
+class Kernel:
+    """What all nodes of one kind do in one run of a graph.
+
+    Attributes:
+        name: their kind.
+        nodes: how many there are.
+        ms: how long they take, in milliseconds.
+        read: bytes of weights, keys and values that they have to read.
+        int8: operations on 8-bit numbers that they have to do (a multiplication and an addition are two).
+        float32: the same in float32.
+    """
+
+    name: str
+    nodes: int = 0
+    ms: float = 0.0
+    read: float = 0.0
+    int8: float = 0.0
+    float32: float = 0.0
+
+
+def profile(folder: Path, job: Job, threads: int) -> dict[str, Any]:
+    """Time a job, and its kernels: of the whole prompt for the encoder, of one step, the mean of all, for the decoder."""
     engine = Engine.load(folder, threads=threads)
+    manifest = engine.manifest
     with tempfile.TemporaryDirectory() as scratch:
-        compact, sessions = reads_compact(ort, engine.manifest), []
+        compact, sessions = reads_compact(ort, manifest), []
         for graph in graphs(compact):
             options = ort.SessionOptions()
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
             options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / graph)
             sessions.append(ort.InferenceSession(str(folder / graph), options, providers=["CPUExecutionProvider"]))
-        model = Model(ort, *sessions, engine.manifest, compact)
-        run(Engine(model, engine.tokenizer, engine.manifest), job)
-        result = {}
+        run(Engine(Model(ort, *sessions, manifest, compact), engine.tokenizer, manifest), job)
+        kernels = {}
         for graph, session, runs in zip(graphs(compact), sessions, (1, job.tokens), strict=True):
             events = json.loads(Path(session.end_profiling()).read_text())
-            spent: Counter[str] = Counter()
-            for event in events:
-                if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                    spent[event["args"]["op_name"]] += event["dur"]
-            result[graph] = {name: round(total / 1e3 / runs, 3) for name, total in spent.most_common(12)}
-    return result
+            found = _kernels(events, _weights(folder / graph), runs, (job.tokens + 1) / 2)
+            kernels[graph.partition(".")[0].partition("_")[0]] = [asdict(each) for each in found]
+    del sessions, session  # their threads would look for work beside those of the next run
+    timing = run(engine, job)
+    measured = {"first_token_s": timing.first_token_s, "step_ms": timing.step_p50_ms, "job_s": timing.job_s}
+    return {**asdict(job), **measured, "kernels": kernels, "ceiling": asdict(Ceiling.measure(threads))}
+
+
+def _weights(graph: Path) -> dict[str, int]:
+    """The bytes of each node's constants, for nodes that have a matrix among them."""
+    model = onnx.load(str(graph), load_external_data=False)
+    bytes_of = {
+        each.name: math.prod(each.dims) * onnx.helper.tensor_dtype_to_np_dtype(each.data_type).itemsize
+        for each in model.graph.initializer
+    }
+    matrices = {each.name for each in model.graph.initializer if len(each.dims) > 1}
+    return {
+        node.name: sum(bytes_of.get(name, 0) for name in node.input)
+        for node in model.graph.node
+        if node.op_type in _PRODUCTS and matrices & set(node.input)
+    }
+
+
+def _kernels(events: list[dict[str, Any]], weights: Mapping[str, int], runs: int, position: float) -> list[Kernel]:
+    """Nodes by kind, per run of the graph; samples have `position` tokens of their own in the mean."""
+    found = {name: Kernel(name) for name in (*_ROLES.values(), REST)}
+    nodes: set[str] = set()
+    for event in events:
+        if event.get("cat") != "Node" or not event["name"].endswith("_kernel_time"):
+            continue
+        node, about = event["name"].removesuffix("_kernel_time"), event["args"]
+        each = found[_role(node, about["op_name"], weights)]
+        each.ms += event["dur"] / 1e3 / runs
+        if node not in nodes:
+            each.nodes += 1
+            nodes.add(node)
+        if each.name != REST:
+            each.read += (weights.get(node) or _cached(about, position)) / runs
+            kind = "int8" if about["op_name"] in _INTEGERS else "float32"
+            setattr(each, kind, getattr(each, kind) + _operations(about, position) / runs)
+    return [each for each in found.values() if each.nodes]
+
+
+def _role(node: str, operator: str, weights: Mapping[str, int]) -> str:
+    name, _, _ = node.rpartition("/")
+    name = re.sub(r"\.(parts|by_token)$", "", name)
+    attends = operator in _ATTENTION or (operator in _PRODUCTS and re.search(_TO_THE_PROMPT, name))
+    if not attends and node not in weights:
+        return REST
+    return next((kind for pattern, kind in _ROLES.items() if re.search(pattern, name)), REST)
+
+
+def _shapes(about: Mapping[str, Any], which: str) -> Iterator[tuple[str, list[int]]]:
+    for each in about[f"{which}_type_shape"]:
+        yield from each.items()
+
+
+def _cached(about: Mapping[str, Any], position: float) -> float:
+    """Bytes of the keys and values that an attention has to read: of its own tokens as many as there are."""
+    inputs = list(_shapes(about, "input"))
+    if about["op_name"] == "GroupQueryAttention":
+        caches = [(kind, shape) for kind, shape in inputs if len(shape) == 4][:2]
+        return sum(_BYTES[kind] * math.prod(shape) * position / shape[2] for kind, shape in caches)
+    keys = inputs[1:3] if about["op_name"] == "MultiHeadAttention" else inputs[1:2]
+    return sum(_BYTES[kind] * math.prod(shape) for kind, shape in keys)
+
+
+def _operations(about: Mapping[str, Any], position: float) -> float:
+    (_, left), (_, result) = next(_shapes(about, "input")), next(_shapes(about, "output"))
+    if about["op_name"] == "GroupQueryAttention":
+        return 4 * math.prod(result) * position
+    if about["op_name"] == "MultiHeadAttention":
+        return 4 * math.prod(result) * result[1]
+    return 2 * math.prod(left) * result[-1]
 
 
 def main() -> None:

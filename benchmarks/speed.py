@@ -30,6 +30,8 @@ from ramekin.manifest import Manifest
 _ROOT = Path(__file__).parents[1]
 OWN_SOURCES = (256, 512, 900)
 """Prompt lengths of `run_own`."""
+PROFILED = (16, 1)
+"""Numbers of samples of `run_kernels`."""
 _HEARD = 5  # lines of what a worker said that are passed on
 _FAILURES = (OSError, subprocess.SubprocessError, RuntimeError, ValueError)
 _WHOLE_S = 3600  # the longest that a run may take whose job is not cut
@@ -107,6 +109,20 @@ def run_own(plan: Plan, out: Path) -> None:
         found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
         results.add({"engine": engine, "source": source, **found, **_least(folder, source, Ceiling(**found["ceiling"]))})
         print(f"{engine}, prompt of {source} tokens", file=sys.stderr, flush=True)
+
+
+def run_kernels(plan: Plan, out: Path) -> None:
+    """Add to `out` where the time of a job of each of our engines goes."""
+    results = Results(out, _head(plan))
+    done = {(row["engine"], row["n"]) for row in results.rows if "engine" in row}
+    for n, engine in product(PROFILED, plan.engines):
+        if (engine, n) in done or not _prepared(plan, engine):
+            continue
+        options = ["-n", str(n), "--source", str(max(OWN_SOURCES)), "--tokens", str(FORCED), "--threads", str(plan.threads)]
+        command = [str(plan.python(engine)), "-m", "benchmarks.kernels", str(plan.folder(engine)), *options]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=_ROOT).stdout
+        results.add({"engine": engine, **json.loads(found)})
+        print(f"{engine}, {n} samples", file=sys.stderr, flush=True)
 
 
 def _least(folder: Path, source: int, ceiling: Ceiling) -> dict[str, float]:

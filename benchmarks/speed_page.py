@@ -11,6 +11,9 @@ import numpy as np
 from benchmarks.engines import ENGINES, LEVERS
 from benchmarks.goals import section as goals
 from benchmarks.jobs import JOBS, QUICK
+from benchmarks.kernels_page import plot as kernels_plot
+from benchmarks.kernels_page import section as kernels
+from benchmarks.plotting import pyplot
 from benchmarks.results import good_runs, read
 
 Rows = Sequence[Mapping[str, Any]]
@@ -32,7 +35,7 @@ def page(results: Path, plots: Path | None = None) -> str:
 
     Args:
         results: what `run` wrote; beside it, if they are there, with `-levers` in the name what `run --levers` wrote, and with
-            `-own` what `ramekin bench --json` told of prompts of several lengths.
+            `-own` what `ramekin bench --json` told of prompts of several lengths, and with `-kernels` what `run --kernels` wrote.
         plots: a folder for the plots; None: none.
     """
     rows, found = _ran(results)
@@ -53,6 +56,12 @@ def page(results: Path, plots: Path | None = None) -> str:
         if plots:
             _levers_plot(plots / f"{results.stem}-levers.svg", levers)
             parts.append(f"![Where the gain comes from]({plots.name}/{results.stem}-levers.svg)\n")
+    profiles = [row for row in read(results.with_name(f"{results.stem}-kernels.jsonl")) if "engine" in row]
+    if profiles:
+        parts.append(kernels(profiles))
+        if plots:
+            kernels_plot(plots / f"{results.stem}-kernels.svg", profiles)
+            parts.append(f"![Kernels of a step]({plots.name}/{results.stem}-kernels.svg)\n")
     parts += [_sizes(rows, engines, found), _failures(rows, found)]
     return "\n".join(part for part in parts if part)
 
@@ -228,7 +237,7 @@ def _levers(found: Mapping[tuple[str, str], Rows]) -> str:
 
 def _jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[str, str], Rows]) -> None:
     """Job time by engine and n; logarithmic, since the times differ a hundredfold."""
-    plt = _pyplot(figure_path)
+    plt = pyplot(figure_path)
     from matplotlib import ticker
 
     jobs = [job for job in {**JOBS, **QUICK} if any(job == each for each, _ in found)]
@@ -265,7 +274,7 @@ def _jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[s
 
 def _levers_plot(figure_path: Path, found: Mapping[tuple[str, str], Rows]) -> None:
     """Job time as lever after lever is switched on."""
-    plt = _pyplot(figure_path)
+    plt = pyplot(figure_path)
     times = {name: (_job_s(runs), _cut(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name}
     figure, axis = plt.subplots(figsize=(7, 0.8 + 0.34 * len(times)))
     for place, (name, (seconds, cut)) in enumerate(reversed(times.items())):
@@ -278,14 +287,3 @@ def _levers_plot(figure_path: Path, found: Mapping[tuple[str, str], Rows]) -> No
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(figure_path, metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
-
-
-def _pyplot(figure_path: Path) -> Any:
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = figure_path.stem  # the same results give the same file
-    from matplotlib import pyplot as plt
-
-    figure_path.parent.mkdir(parents=True, exist_ok=True)
-    return plt
