@@ -25,7 +25,7 @@ def section(rows: Sequence[Row]) -> str:
         f"A job of {head['tokens']} tokens after {head['source']}, under onnxruntime's profiler, which adds some microseconds to every node. The least is what "
         "reading the weights, keys and values once takes, or multiplying, whichever takes longer, at the rates that this machine reached in the same "
         f"process ({rates['bandwidth'] / 1e9:.1f} GB/s, {rates['int8'] / 1e9:,.0f} G int8 and {rates['float32'] / 1e9:,.0f} G float32 operations per second in the "
-        f"first of these jobs). A decoder's figures are of one step, the mean of all. {REST.capitalize()} is norms, activations, softmax and what rounds numbers to 8 bits.\n",
+        f"first of these jobs). Each node's time is the median of all steps, or of a prompt that was read four times. {REST.capitalize()} is norms, activations, softmax and what rounds numbers to 8 bits.\n",
         f"### The prompt\n\n{_table(head, 'encoder')}",
     ]
     for row in rows:
