@@ -61,6 +61,16 @@ class Goal:
         bounds = f"{sign} {self._show(self.goal)} | {sign} {self._show(self.floor)}"
         return f"| {self.name} | {bounds} | {reached} | {self.verdict} | {self.by} | {share} |"
 
+    def missed(self) -> str:
+        """What the floor would take, if a ratio is below it; nothing otherwise."""
+        if self.unit != "x" or not self.reached or not self.of_the_ceiling or self.reached >= self.floor:
+            return ""
+        needed = self.of_the_ceiling * self.floor / self.reached
+        return (
+            f"{self.name[0].upper()}{self.name[1:]}: the floor asks for {needed:.0%} of what this machine could do; which kernels "
+            "stand in the way: [below](#kernel-by-kernel)."
+        )
+
     def _show(self, value: float) -> str:
         if self.unit == "%":
             return f"{value:.1%}"
@@ -74,6 +84,7 @@ def section(found: Found, own: Sequence[Mapping[str, Any]]) -> str:
         found: the runs by job and engine.
         own: what `run --own` wrote, one object for each of our engines and each length of the prompt.
     """
+    goals = list(_goals(found, own))
     lines = [
         "## Goals\n",
         "Next to others: the best of our precisions and the fastest of all peers in that line, whatever their bits: the median of the rounds in "
@@ -83,8 +94,9 @@ def section(found: Found, own: Sequence[Mapping[str, Any]]) -> str:
         "and values of the job. What is no rate has none.\n",
         "| | goal | floor | reached | | by | of the ceiling |",
         "|---|---|---|---|---|---|---|",
-        *(goal.line() for goal in _goals(found, own)),
+        *(goal.line() for goal in goals),
     ]
+    lines += [f"\n{missed}" for goal in goals if (missed := goal.missed())]
     other = _ratio(found, "900 n=16", _job, (_OTHER_PATH,))
     if other.value:
         lines.append(

@@ -59,24 +59,21 @@ def plot(figure_path: Path, rows: Sequence[Row]) -> None:
     """A bar for each kernel of a step, as long as it takes; the dark part is the least."""
     plt = pyplot(figure_path)
     most = max(len(row["kernels"]["decoder"]) for row in rows)
-    figure, axes = plt.subplots(1, len(rows), figsize=(3.6 * len(rows), 0.9 + 0.3 * most), squeeze=False)
+    figure, axes = plt.subplots(1, len(rows), figsize=(3.6 * len(rows), 0.9 + 0.3 * most), squeeze=False, sharex=True)
     for axis, row in zip(axes[0], rows, strict=True):
         kernels = row["kernels"]["decoder"][::-1]
         times = [kernel["ms"] for kernel in kernels]
-        axis.barh(range(len(kernels)), times, color="#fdba74", label="takes")
-        axis.barh(
-            range(len(kernels)), [least_ms(each, row["ceiling"]) for each in kernels], color="#c2410c", label="the least"
-        )
+        axis.barh(range(len(kernels)), times, color="#fdba74")
+        axis.barh(range(len(kernels)), [least_ms(each, row["ceiling"]) for each in kernels], color="#c2410c")
         for place, time in enumerate(times):
             axis.annotate(f"{time:.1f}", (time, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
         names = [kernel["name"] for kernel in kernels]
         axis.set_yticks(range(len(kernels)), names if axis is axes[0][0] else [""] * len(kernels), fontsize=8)
         axis.set_title(f"{row['engine']}, n={row['n']}", fontsize=9)
-        axis.set_xlabel("milliseconds of a step", fontsize=8)
+        axis.set_xlabel("milliseconds of a step; dark: the least", fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(fontsize=7, frameon=False, loc="lower right")
     figure.tight_layout()
     figure.savefig(figure_path, metadata={"Date": None})
     plt.close(figure)

@@ -22,7 +22,7 @@ from benchmarks import machine, results, speed
 from benchmarks.__main__ import cli
 from benchmarks.engines import ENGINES, LEVERS, Clock, Entry
 from benchmarks.engines.ours import make
-from benchmarks.goals import section
+from benchmarks.goals import Goal, section
 from benchmarks.jobs import NATURAL, QUICK, Request, forced
 from benchmarks.kernels import REST
 from benchmarks.kernels_page import least_ms
@@ -33,6 +33,8 @@ from benchmarks.speed_page import page
 from ramekin.manifest import Manifest
 from ramekin.model import reads_compact
 from ramekin_export.cli import EXAMPLES
+
+_GOAL = Goal("16 samples", goal=25.0, floor=13.0, unit="x", reached=None)
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +272,11 @@ def test_goals_from_our_own_figures(plan: Plan, tmp_path: Path, monkeypatch: pyt
     assert row["natural_ceiling_s"] > 0.005
     assert natural.endswith(f"| {row['natural_ceiling_s']:.0%} |")
     assert "not measured" in table
+    behind = replace(_GOAL, reached=10.0, of_the_ceiling=0.5)
+    assert "the floor asks for 65% of what this machine could do" in behind.missed()
+    assert not any(
+        replace(behind, **other).missed() for other in ({"reached": 13.0}, {"of_the_ceiling": None}, {"unit": "s"})
+    )
 
 
 def test_where_the_time_goes_kernel_by_kernel(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
