@@ -66,10 +66,7 @@ class Goal:
         if self.unit != "x" or not self.reached or not self.of_the_ceiling or self.reached >= self.floor:
             return ""
         needed = self.of_the_ceiling * self.floor / self.reached
-        return (
-            f"{self.name[0].upper()}{self.name[1:]}: the floor asks for {needed:.0%} of what this machine could do; which kernels "
-            "stand in the way: [below](#kernel-by-kernel)."
-        )
+        return f"{self.name[0].upper()}{self.name[1:]}: the floor asks for {needed:.0%} of what this machine could do"
 
     def _show(self, value: float) -> str:
         if self.unit == "%":
@@ -77,12 +74,13 @@ class Goal:
         return f"{value:.2f} {self.unit}"
 
 
-def section(found: Found, own: Sequence[Mapping[str, Any]]) -> str:
+def section(found: Found, own: Sequence[Mapping[str, Any]], more: str = "") -> str:
     """The section.
 
     Args:
         found: the runs by job and engine.
         own: what `run --own` wrote, one object for each of our engines and each length of the prompt.
+        more: where more is told of floors that are missed.
     """
     goals = list(_goals(found, own))
     lines = [
@@ -96,7 +94,7 @@ def section(found: Found, own: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
         *(goal.line() for goal in goals),
     ]
-    lines += [f"\n{missed}" for goal in goals if (missed := goal.missed())]
+    lines += [f"\n{missed}{more and f'; {more}'}." for goal in goals if (missed := goal.missed())]
     other = _ratio(found, "900 n=16", _job, (_OTHER_PATH,))
     if other.value:
         lines.append(

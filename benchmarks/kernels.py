@@ -24,10 +24,11 @@ import onnxruntime as ort
 from ramekin import Engine
 from ramekin.bench import Job, run
 from ramekin.ceiling import Ceiling
+from ramekin.errors import RamekinError
 from ramekin.model import Model, graphs, reads_compact
 
 REST = "everything else"
-_PROMPTS = 3  # read before the job: memory that nobody has touched for a while costs the first one more
+_PROMPTS = 5  # read before the job; the first does not count, since memory that nobody has touched for a while costs it more
 _PRODUCTS = {"FusedMatMul", "MatMul", "MatMulIntegerToFloat", "MatMulNBits"}
 _INTEGERS = {"MatMulIntegerToFloat", "MatMulNBits"}
 _BYTES = {"float": 4, "int8": 1, "uint8": 1}
@@ -53,9 +54,10 @@ class Kernel:
     Attributes:
         name: their kind.
         nodes: how many there are.
-        ms: how long they take, in milliseconds.
+        ms: how long they take together, in milliseconds, the median of all runs but the first.
         read: bytes of weights, keys and values that they have to read.
-        int8: operations on 8-bit numbers that they have to do (a multiplication and an addition are two).
+        int8: operations on 8-bit numbers that they have to do (a multiplication and an addition are two); rows that our graphs
+            multiply as two bytes count once.
         float32: the same in float32.
     """
 
@@ -68,16 +70,22 @@ class Kernel:
 
 
 def measure(folder: Path, job: Job, threads: int) -> dict[str, Any]:
-    """Profile a job, and time it without the profiler."""
+    """Profile a job, and time it without the profiler.
+
+    Raises:
+        RamekinError: the folder is none of ours for a CPU, or the job makes no sense.
+    """
     engine = Engine.load(folder, threads=threads)
-    kernels = _profiled(engine, folder, job, threads)
+    if engine.manifest.layout == "optimum":
+        raise RamekinError(f"{folder}: is of optimum's exporter, and only our own graphs tell what their nodes do")
+    graphs = _profiled(engine, folder, job, threads)
     timing = run(engine, job)
     measured = {"first_token_s": timing.first_token_s, "step_ms": timing.step_p50_ms, "job_s": timing.job_s}
-    return {**asdict(job), **measured, "kernels": kernels, "ceiling": asdict(Ceiling.measure(threads))}
+    return {**asdict(job), **measured, "graphs": graphs, "ceiling": asdict(Ceiling.measure(threads))}
 
 
-def _profiled(engine: Engine, folder: Path, job: Job, threads: int) -> dict[str, list[dict[str, Any]]]:
-    """The kernels of both graphs, each node's time the median of its runs: some prompts and all steps.
+def _profiled(engine: Engine, folder: Path, job: Job, threads: int) -> dict[str, dict[str, Any]]:
+    """Of each graph its `kernels`, and the `ms` that all take together.
 
     The sessions end here: their threads would look for work beside those of the next run.
     """
@@ -93,12 +101,12 @@ def _profiled(engine: Engine, folder: Path, job: Job, threads: int) -> dict[str,
         for _ in range(_PROMPTS):
             model.prefill(job.prompt(model.dims.vocab_size))
         run(Engine(model, engine.tokenizer, engine.manifest), job)
-        kernels = {}
+        found = {}
         for part, graph, session in zip(("encoder", "decoder"), graphs(compact), sessions, strict=True):
             events = json.loads(Path(session.end_profiling()).read_text())
-            found = _kernels(events, _weights(folder / graph), (job.tokens + 1) / 2)
-            kernels[part] = [asdict(each) for each in found]
-    return kernels
+            kernels, ms = kernels_of(events, _weights(folder / graph), (job.tokens + 1) / 2)
+            found[part] = {"kernels": [asdict(each) for each in kernels], "ms": ms}
+    return found
 
 
 def _weights(graph: Path) -> dict[str, int]:
@@ -116,25 +124,44 @@ def _weights(graph: Path) -> dict[str, int]:
     }
 
 
-def _kernels(events: Sequence[dict[str, Any]], weights: Mapping[str, int], position: float) -> list[Kernel]:
-    """Nodes by kind, in the middle of all runs of the graph; samples have `position` tokens of their own then."""
-    found = {name: Kernel(name) for name in (*_ROLES.values(), REST)}
-    runs: dict[str, list[dict[str, Any]]] = {}
+def kernels_of(
+    events: Sequence[Mapping[str, Any]], weights: Mapping[str, int], position: float
+) -> tuple[list[Kernel], float]:
+    """The kernels of a graph, and how long a run of it takes: all nodes, the median of all runs but the first.
+
+    Args:
+        events: of onnxruntime's profile.
+        weights: bytes of each node's constants, by name.
+        position: how many tokens of their own samples have in the mean.
+    """
+    nodes: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            runs.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event)
-    for node, times in runs.items():
-        about = times[0]["args"]
+            nodes.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event)
+    found = {name: Kernel(name) for name in (*_ROLES.values(), REST)}
+    times: dict[str, list[list[float]]] = {name: [] for name in found}  # by kernel: of each node its runs
+    for node, runs in nodes.items():
+        about = runs[0]["args"]
         kernel = found[_role(node, about["op_name"], weights)]
         kernel.nodes += 1
-        kernel.ms += median(event["dur"] for event in times) / 1e3
+        times[kernel.name].append([event["dur"] / 1e3 for event in runs])
         if kernel.name != REST:
             kernel.read += weights.get(node) or _cached(about, position)
+            operations = _operations(about, position) / (2 if ".parts/" in node else 1)
             if about["op_name"] in _INTEGERS:
-                kernel.int8 += _operations(about, position)
+                kernel.int8 += operations
             else:
-                kernel.float32 += _operations(about, position)
-    return [each for each in found.values() if each.nodes]
+                kernel.float32 += operations
+    for name, each in times.items():
+        found[name].ms = _median_run(each)
+    kernels = [each for each in found.values() if each.nodes]
+    return kernels, _median_run([node for each in times.values() for node in each])
+
+
+def _median_run(nodes: Sequence[Sequence[float]]) -> float:
+    """Of nodes' times, by run: the median of what all take in a run, without the first run if there are more."""
+    whole = [sum(run) for run in zip(*nodes, strict=True)]
+    return median(whole[1:] or whole) if whole else 0.0
 
 
 def _role(node: str, operator: str, weights: Mapping[str, int]) -> str:
@@ -179,7 +206,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
-    print(json.dumps(measure(a.model, Job(a.n, a.source, a.tokens), a.threads)))
+    if min(a.n, a.source, a.tokens - 1, a.threads) < 1:
+        parser.error("-n, --source and --threads are at least 1, --tokens is at least 2")
+    try:
+        print(json.dumps(measure(a.model, Job(a.n, a.source, a.tokens), a.threads)))
+    except RamekinError as error:
+        parser.exit(1, f"{error}\n")
 
 
 if __name__ == "__main__":

@@ -114,15 +114,17 @@ def run_own(plan: Plan, out: Path) -> None:
 def run_kernels(plan: Plan, out: Path) -> None:
     """Add to `out` where the time of a job of each of our engines goes."""
     results = Results(out, _head(plan))
-    done = {(row["engine"], row["n"]) for row in results.rows if "engine" in row}
+    done = {(row["engine"], row["n"]) for row in results.rows if "engine" in row and "error" not in row}
     for n, engine in product(PROFILED, plan.engines):
         if (engine, n) in done or not _prepared(plan, engine):
             continue
         options = ["-n", str(n), "--source", str(max(OWN_SOURCES)), "--tokens", str(FORCED), "--threads", str(plan.threads)]
         command = [str(plan.python(engine)), "-m", "benchmarks.kernels", str(plan.folder(engine)), *options]
-        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=_ROOT).stdout
-        results.add({"engine": engine, **json.loads(found)})
-        print(f"{engine}, {n} samples", file=sys.stderr, flush=True)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
+        failed = {"error": (ran.stderr.splitlines() or [f"exit status {ran.returncode}"])[-1]}
+        results.add({"engine": engine, "n": n, **(failed if ran.returncode else json.loads(ran.stdout))})
+        told = f" failed: {failed['error']}" if ran.returncode else ""
+        print(f"{engine}, {n} sample{'s'[: n > 1]}{told}", file=sys.stderr, flush=True)
 
 
 def _least(folder: Path, source: int, ceiling: Ceiling) -> dict[str, float]:

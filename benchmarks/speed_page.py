@@ -12,7 +12,8 @@ from benchmarks.engines import ENGINES, LEVERS
 from benchmarks.goals import section as goals
 from benchmarks.jobs import JOBS, QUICK
 from benchmarks.kernels_page import plot as kernels_plot
-from benchmarks.kernels_page import section as kernels
+from benchmarks.kernels_page import profiled
+from benchmarks.kernels_page import section as kernels_section
 from benchmarks.plotting import pyplot
 from benchmarks.results import good_runs, read
 
@@ -48,19 +49,20 @@ def page(results: Path, plots: Path | None = None) -> str:
         _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
         parts.append(f"![Job time by engine]({plots.name}/{results.stem}-jobs.svg)\n")
     own = [row for row in read(results.with_name(f"{results.stem}-own.jsonl")) if "engine" in row]
+    kernels = read(results.with_name(f"{results.stem}-kernels.jsonl"))
+    kernels = kernels if profiled(kernels) else []
     if own:
-        parts.append(goals(found, own))
+        parts.append(goals(found, own, "which kernels stand in the way: [below](#kernel-by-kernel)" if kernels else ""))
     parts += [_job(job, [(engine, found[job, engine]) for engine in engines if (job, engine) in found]) for job in jobs]
     if levers:
         parts.append(_levers(levers))
         if plots:
             _levers_plot(plots / f"{results.stem}-levers.svg", levers)
             parts.append(f"![Where the gain comes from]({plots.name}/{results.stem}-levers.svg)\n")
-    profiles = [row for row in read(results.with_name(f"{results.stem}-kernels.jsonl")) if "engine" in row]
-    if profiles:
-        parts.append(kernels(profiles))
+    if kernels:
+        parts.append(kernels_section(kernels))
         if plots:
-            kernels_plot(plots / f"{results.stem}-kernels.svg", profiles)
+            kernels_plot(plots / f"{results.stem}-kernels.svg", kernels)
             parts.append(f"![Kernels of a step]({plots.name}/{results.stem}-kernels.svg)\n")
     parts += [_sizes(rows, engines, found), _failures(rows, found)]
     return "\n".join(part for part in parts if part)
