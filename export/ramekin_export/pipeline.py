@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -63,7 +64,7 @@ def export(
         CheckpointError: the checkpoint cannot be exported; the text says why.
         FileExistsError: `out` is there and `force` was not asked for, or it holds something else than a model.
         ValueError: `precision` or `prompt` is none.
-        RuntimeVersionError: there are papers to calibrate or verify with, but no onnxruntime.
+        RuntimeVersionError: onnxruntime is broken or too old, or missing where there are papers to calibrate or verify with.
         VerificationError: the model's predictions are too far from float32's.
     """
     if precision not in PRECISIONS:
@@ -73,7 +74,9 @@ def export(
     if Path(source).is_dir() and Path(source).resolve().is_relative_to(out):
         raise FileExistsError(f"{out}: is or holds the checkpoint itself; export to another folder")
     check_target(out, force)
-    recipe, runs = PRECISIONS[precision], _runs_here(VersionRange())
+    recipe, runs = PRECISIONS[precision], importlib.util.find_spec("onnxruntime") is not None
+    if runs:
+        onnxruntime(VersionRange())  # one that cannot be used is no reason to keep what was not compared
     # Nothing is written that could not be looked at.
     compact = isinstance(recipe, Recipe) and recipe.compact and _runs_here(COMPACT_RUNTIMES)
     seen, judged = checks.calibration_papers(), checks.verification_papers()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ramekin.manifest import MANIFEST
+
+_TEMPORARY = ".partial", ".scratch", ".old"
 
 
 def check_target(out: Path, force: bool) -> None:
@@ -31,8 +35,23 @@ def check_target(out: Path, force: bool) -> None:
         raise FileExistsError(
             f"{out}: holds other things than a model ({min(others)!r}); choose another place for the model"
         )
+    if _is_mounted(out):
+        raise FileExistsError(f"{out}: something is mounted there, which cannot be replaced; export into a folder in it")
+    with suppress(FileNotFoundError):  # the current folder may be gone
+        if Path.cwd() == out.resolve():
+            raise FileExistsError(f"{out}: is the current folder, which cannot be replaced; choose another place")
     if entries and not force:
         raise FileExistsError(f"{out}: is there already; --force replaces it")
+
+
+def _is_mounted(out: Path) -> bool:
+    """Whether `out` is a mount point: of another disk, or (Linux: proc(5), mountinfo) of a folder of the same one."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+    except OSError:
+        lines = []
+    points = {line.split(" ")[4].replace("\\040", " ") for line in lines}
+    return out.is_mount() or str(out.resolve()) in points
 
 
 def _model_files(out: Path) -> set[str]:
@@ -70,9 +89,10 @@ def whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, and vanishes if anything goes wrong before."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _tell_of_leftovers(out)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
     except OSError as error:  # the name of the temporary folder says nothing to anybody
-        raise OSError(error.errno, error.strerror, str(out)) from None
+        raise OSError(error.errno, error.strerror, str(out.parent)) from None
     try:
         os.umask(umask := os.umask(0))
         folder.chmod(0o777 & ~umask)
@@ -82,6 +102,14 @@ def whole_or_not_at_all(out: Path, force: bool) -> Iterator[Path]:
         _take_place(folder, out)
     finally:
         _remove(folder)
+
+
+def _tell_of_leftovers(out: Path) -> None:
+    """Warn of what an export to `out` that was killed has left: its temporary folders may be large, and begin with a dot."""
+    for folder in sorted(out.parent.glob(f".{glob.escape(out.name)}.*")):
+        if folder.suffix in _TEMPORARY and folder.is_dir():
+            told = f"{folder}: is of another export, or was left by one that was killed; then it can be removed"
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
 
 
 @contextmanager

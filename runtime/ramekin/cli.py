@@ -76,6 +76,8 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main(arguments: Iterable[str] | None = None) -> None:
     """The command `ramekin`: every problem that is not a bug is one line on stderr."""
     ends = arguments is None  # the arguments of the process: it is nothing but this command
+    if ends:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime 1.30 and newer writes to HOME and calls home
     with _own_voice(ends=ends), Stopping(ends=ends) as stopping:
         _run(None if arguments is None else list(arguments), stopping)
 
@@ -122,7 +124,7 @@ def _run(arguments: list[str] | None, stopping: Stopping) -> None:
         sys.exit(1)
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
-        say(f"not enough memory{reason}; ask for fewer samples or shorter ones, or take a smaller model")
+        say(f"not enough memory{reason}; ask for less at once, or take a smaller model or a larger machine")
         sys.exit(1)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ramekin.cache import Cache, Cross, Floats
-from ramekin.errors import ModelFormatError
+from ramekin.errors import ModelFormatError, RamekinError
 from ramekin.manifest import COMPACT_DECODER, COMPACT_ENCODER, DECODER, ENCODER, Dims, Manifest, VersionRange
-from ramekin.session import failure, onnxruntime, open_session
+from ramekin.session import LIMITS, about_limits, failure, onnxruntime, open_session
 from ramekin.tensors import (
     INPUT_IDS,
     LOGITS,
@@ -127,14 +127,20 @@ class Model:
         Raises:
             ModelFormatError: a graph cannot be loaded, or does not agree with the manifest.
             RuntimeVersionError: onnxruntime is missing or of a version that the model does not support.
+            RamekinError: there are no threads, files or memory for it.
         """
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
         compact = reads_compact(ort, manifest)
         encodes, decodes = graphs(compact)
         # Opening a graph packs its weights with one thread, so both are opened at once.
-        with ThreadPoolExecutor(2) as pool:
-            encoder = pool.submit(open_session, ort, folder / encodes, files, provider, threads, rests=True)
-            decoder = pool.submit(open_session, ort, folder / decodes, files, provider, threads, rests=False)
+        try:
+            with ThreadPoolExecutor(2) as pool:
+                encoder = pool.submit(open_session, ort, folder / encodes, files, provider, threads, rests=True)
+                decoder = pool.submit(open_session, ort, folder / decodes, files, provider, threads, rests=False)
+        except RuntimeError as error:
+            if about_limits(error):
+                raise RamekinError(f"{folder}: {LIMITS} ({error})") from error
+            raise
         return cls(ort, encoder.result(), decoder.result(), manifest, compact)
 
     def prefill(self, *prompts: Sequence[int] | npt.NDArray[np.int64]) -> Cross:

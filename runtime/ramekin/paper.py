@@ -6,6 +6,7 @@ import json
 import os
 import re
 import string
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,10 @@ _HEADING = re.compile(
     r"\s*(?:(?P<mark>[:.\u2014-])[*_]{0,2}\s*(?P<rest>.*))?$",
     re.IGNORECASE,
 )
+_UNDERLINE = re.compile(r"^\s{0,3}(=+|-{2,})\s*$")
+_FENCE = re.compile(r"^\s{0,3}(`{3,}|~{3,})")
+_BOLD = re.compile(r"^\s{0,3}(\*\*|__)(?P<title>[^*_].*[^\s.,;?!*_])\1\s*$")
+_AS_BOLD = "#" * 6  # marks of a bold line that is a heading: below all headings that have marks of their own
 _MARKED = re.compile(r"^\s{0,3}(#{1,6})\s+(\S.*)$")
 _NUMBERED = re.compile(r"^\s{0,3}(\d{1,4}|[IVX]+)(\.?)\s+([A-Z].*[^.,;:?!])$")
 _ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
@@ -102,22 +107,58 @@ def _sections(text: str) -> dict[str, str]:
     parts: dict[str, list[str]] = {"title": [], "abstract": [], "introduction": []}
     current: str | None = "title"
     opened: re.Match[str] | None = None
-    lines = text.splitlines()
-    for before, line in zip(["", *lines], lines, strict=False):
-        heading = _HEADING.match(line)
+    lines = list(_lines(text))
+    for (before, _), (line, literal) in zip([("", False), *lines], lines, strict=False):
+        heading = None if literal else _HEADING.match(line)
         if heading and not (opened and before.strip() and _in_a_sentence(heading)):
             current, opened = heading["name"].lower(), heading
             parts[current].append(heading["rest"] or "")
-        elif opened and current and _ends_section(line, opened):
+        elif opened and current and not literal and _ends_section(line, opened):
             current = None
         elif current:
-            parts[current].append(line.lstrip("# ") if _MARKED.match(line) else line)
+            parts[current].append(line.lstrip("# ") if not literal and _MARKED.match(line) else line)
     if not any("".join(parts[name]).strip() for name in ("abstract", "introduction")):
         raise PaperError(
             "not a paper: expected JSON with title, abstract and introduction, "
             "or text with the heading Abstract or Introduction"
         )
     return {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
+
+
+def _lines(text: str) -> Iterator[tuple[str, bool]]:
+    """The lines of a text, and whether each stands between fences, where nothing is a heading. Headings begin with marks.
+
+    Source: spec.commonmark.org 0.31, ATX headings, setext headings, fenced code blocks; `{#name}` is Pandoc's.
+    """
+    lines = text.splitlines()
+    fence = ""
+    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
+        mark = _FENCE.match(line)
+        if fence:
+            yield line, True
+            if mark and mark[1].startswith(fence) and not line.strip(" `~"):
+                fence = ""
+        elif mark and "`" not in line.strip()[len(mark[1]) :]:
+            fence = mark[1]
+            yield line, True
+        elif not before.strip() and line.strip() and not _MARKED.match(line) and (under := _UNDERLINE.match(after)):
+            yield f"{'#' if under[1].startswith('=') else '##'} {_title(line)}", False
+        elif _UNDERLINE.match(line) and before.strip() and not line.isspace():
+            yield "", False
+        elif marked := _MARKED.match(line):
+            yield f"{marked[1]} {_title(marked[2])}", False
+        elif (bold := _BOLD.match(line)) and len(bold["title"].split()) <= _HEADING_WORDS:
+            yield f"{_AS_BOLD} {bold['title']}", False
+        else:
+            yield line, False
+
+
+def _title(text: str) -> str:
+    """A heading's text without what closes or names it, and not in bold."""
+    bare = re.sub(r"\s*\{[^{}]*\}\s*$", "", text.strip())
+    bare = re.sub(r"\s+#+\s*$", "", bare)
+    bold = _BOLD.match(bare)
+    return bold["title"] if bold else bare
 
 
 def _in_a_sentence(heading: re.Match[str]) -> bool:
@@ -129,16 +170,17 @@ def _in_a_sentence(heading: re.Match[str]) -> bool:
 def _ends_section(line: str, opened: re.Match[str]) -> bool:
     """Whether a line is the heading of what follows the section that the heading `opened` began.
 
-    A Markdown heading is, unless it is deeper; a numbered line is if it is short and goes on in the heading's own numbers.
+    A Markdown heading is, unless it is deeper; a numbered line is if it is short and goes on in the heading's own numbers,
+    but below a Markdown heading it belongs to a list.
     """
     marked = _MARKED.match(line)
     if marked:
         return not opened["marks"] or len(marked[1]) <= len(opened["marks"].strip())
     numbered = _NUMBERED.match(line)
-    if not numbered or len(numbered[3].split()) > _HEADING_WORDS:
+    if not numbered or opened["marks"] not in (None, f"{_AS_BOLD} ") or len(numbered[3].split()) > _HEADING_WORDS:
         return False
     if not opened["number"]:  # an abstract has no number: the next section is the first
-        return not opened["marks"] and _value(numbered[1]) == 1
+        return _value(numbered[1]) == 1
     return numbered[2] == opened["dot"] and _value(numbered[1]) == _value(opened["number"]) + 1
 
 

@@ -73,7 +73,7 @@ class SamplingParams:
     no_repeat_ngram_size: int = 0
     seed: int | None = None
     greedy: bool = False
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in _INTEGERS:

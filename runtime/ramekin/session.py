@@ -15,6 +15,7 @@ from ramekin.errors import ModelFormatError, ProviderError, RamekinError, Runtim
 from ramekin.manifest import PROVIDERS, VersionRange
 from ramekin.onnxfile import external_locations
 
+LIMITS = "this process gets no more threads or files; look at `ulimit -u`, `ulimit -n` and the container's limit of pids"
 MOST_THREADS = max(64, 4 * (os.cpu_count() or 1))  # more is a slip of the finger, and looks like a hang
 
 
@@ -28,6 +29,8 @@ def onnxruntime(supported: VersionRange) -> Any:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
         raise RuntimeVersionError(f"onnxruntime cannot be imported ({error}): pip install 'ramekin[cpu]'") from error
+    if not hasattr(module, "__version__"):  # a folder that somebody left
+        raise RuntimeVersionError("onnxruntime is not whole: pip install --force-reinstall onnxruntime")
     if module.__version__ not in supported:
         package = "onnxruntime-gpu" if PROVIDERS["cuda"] in module.get_available_providers() else "onnxruntime"
         raise RuntimeVersionError(
@@ -40,6 +43,12 @@ def about_memory(error: Exception) -> bool:
     """Whether onnxruntime failed for want of memory, which its errors tell by their texts alone."""
     signs = ("out of memory", "failed to allocate", "alloc_failed", "bad_alloc")
     return any(sign in " ".join(str(error).split()).lower() for sign in signs)
+
+
+def about_limits(error: Exception) -> bool:
+    """Whether the system gave no more threads or files, which is not the model's fault."""
+    signs = ("pthread_create", "start new thread", "too many open files", "systemerror : 24")
+    return any(sign in str(error).lower() for sign in signs)
 
 
 def failure(error: Exception, hint: str = "; `ramekin verify` tells whether the model is intact") -> RamekinError:
@@ -144,6 +153,8 @@ def open_session(
         reason = " ".join(str(error).split())
         if about_memory(error):
             raise RamekinError(f"{path}: not enough memory to load this graph ({reason[:300]})") from error
+        if about_limits(error):
+            raise RamekinError(f"{path}: {LIMITS} ({reason[:300]})") from error
         raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason[:300]}") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise ProviderError(f"{path}: onnxruntime fell back to {', '.join(session.get_providers())} instead of {provider}")

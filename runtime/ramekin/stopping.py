@@ -13,15 +13,16 @@ from typing import Any
 
 _SIGNALS = "SIGINT", "SIGTERM", "SIGHUP"  # the last is not known to Windows
 _PATIENCE = 1.0  # s in which further signals are not heard: a person hammers at Ctrl-C, a supervisor sends two
+_LATER = 0.05  # s after which a signal is raised again that came while a module was loading
 _END = 10  # s that Python may take to end
 
 
 class Stopping:
     """The handler of the signals that ask a command to stop.
 
-    The first raises `KeyboardInterrupt` or `SystemExit`, so that what was begun is cleared away; a line that is being
-    written is finished before. Who asks again a second later is heard again, and the third time, or while a line waits for
-    its reader, the process ends at once.
+    The first raises `KeyboardInterrupt` or `SystemExit`, so that what was begun is cleared away. A line that is being
+    written is finished before, and so is a module that is being loaded: exceptions get lost in there. Who asks again a
+    second later is heard again, and the third time, or while a line waits for its reader, the process ends at once.
 
     Args:
         ends: the process ends with the command.
@@ -33,9 +34,11 @@ class Stopping:
         self._heard: list[float] = []
         self._waiting: int | None = None
         self._depth = 0
+        self._outside: FrameType | None = None
 
     def __enter__(self) -> Stopping:
         """Handle all signals that nobody else handles; none in a thread that cannot."""
+        self._outside = sys._getframe(1)  # a host may be loading itself all the while
         if threading.current_thread() is threading.main_thread():
             for name in _SIGNALS:
                 number = getattr(signal, name, None)
@@ -45,13 +48,19 @@ class Stopping:
 
     def __exit__(self, *_: object) -> None:
         """Be as before; deaf if the process was stopped and ends now, so that Python's own end is not disturbed either."""
+        self._outside = None
         over = self._ends and bool(self._heard)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if over else handler)
         if over and hasattr(signal, "alarm"):
             signal.alarm(_END)
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if _loads(frame, self._outside):
+            later = threading.Timer(_LATER, signal.raise_signal, [number])
+            later.daemon = True
+            later.start()
+            return
         now = time.monotonic()
         if self._heard and now - self._heard[-1] < _PATIENCE:
             return
@@ -75,6 +84,15 @@ class Stopping:
         if self._waiting is not None and not self._depth:
             number, self._waiting = self._waiting, None
             _stop(number)
+
+
+def _loads(frame: FrameType | None, outside: FrameType | None) -> bool:
+    """Whether a module is being imported, whose own code may drop what is raised, or take it for an ImportError."""
+    while frame and frame is not outside:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _stop(number: int) -> None:

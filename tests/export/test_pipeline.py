@@ -414,6 +414,50 @@ def test_no_onnxruntime_no_golden_run(
             pipeline.export(str(checkpoint("flan")), tmp_path / "other", "int4", checks=checks)
 
 
+def test_an_onnxruntime_that_cannot_be_used(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no reason to keep a model that nobody has compared."""
+    monkeypatch.setattr(onnxruntime, "__version__", "1.22.1")
+    with pytest.raises(RuntimeVersionError, match=r"onnxruntime 1\.22\.1 is not supported"):
+        pipeline.export(str(checkpoint("flan")), tmp_path / "model", "int4")
+    monkeypatch.undo()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "onnxruntime.py").write_text("raise ImportError('libgomp.so.1: cannot open')")
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    with pytest.raises(RuntimeVersionError, match=r"cannot be imported \(libgomp"):
+        pipeline.export(str(checkpoint("flan")), tmp_path / "model", "int4")
+    assert names(tmp_path) == ["broken"]
+
+
+def test_what_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "a folder" / "model"
+    out.mkdir(parents=True)
+    check_target(out, force=False)
+    monkeypatch.chdir(out)
+    with pytest.raises(FileExistsError, match="is the current folder"):
+        check_target(out, force=True)
+    monkeypatch.chdir(tmp_path)
+    mounted = f"31 28 0:27 / {str(out).replace(' ', chr(92) + '040')} rw,relatime - ext4 /dev/vda rw\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *a: mounted if path.name == "mountinfo" else read(path, *a))
+    with pytest.raises(FileExistsError, match="something is mounted there"):
+        check_target(out, force=False)
+    mounted = "31 28 0:27 / /elsewhere rw"
+    check_target(out, force=False)
+
+
+def test_leftovers_are_told_of(tmp_path: Path) -> None:
+    (tmp_path / ".model.abc.partial").mkdir()
+    (tmp_path / ".model.abc.other").mkdir()
+    (tmp_path / ".models.abc.scratch").mkdir()
+    with pytest.warns(RuntimeWarning) as told, whole_or_not_at_all(tmp_path / "model", force=False) as folder:
+        (folder / "x").write_text("")
+    assert [str(each.message).partition(":")[0] for each in told] == [str(tmp_path / ".model.abc.partial")]
+    assert (tmp_path / "model" / "x").exists()
+
+
 def test_a_signal_while_it_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     removed: list[Path] = []
     remove = shutil.rmtree

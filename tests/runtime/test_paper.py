@@ -130,6 +130,54 @@ def test_wrong_templates(template: str) -> None:
         build_prompt(EXPECTED, template)
 
 
+@pytest.mark.parametrize(
+    ("text", "title", "abstract", "introduction"),
+    [
+        (
+            "My Title\n=====\n\nAbstract\n---\nWe do A.\n\nIntroduction\n--------\nWe do I.\n\nRelated\n-------\nB.",
+            "My Title",
+            "We do A.",
+            "We do I.",
+        ),
+        ("**Abstract**\nA.\n\n**1. Introduction**\nI.\n\n**2. Method**\nM.", "", "A.", "I."),
+        (
+            "__Abstract__\nA.\n\n__Introduction__\nI.\n\n2 Is no heading of ours.\n__Method__\nM.",
+            "",
+            "A.",
+            "I. 2 Is no heading of ours.",
+        ),
+        ("# T\n## **Abstract**\nA.\n## **1 Introduction**\nI.\n## **2 Method**\nM.", "T", "A.", "I."),
+        (
+            "## 1. Introduction\nWe have:\n\n1. A dataset\n2. A new model\n3. Open code\n## 2. Method\nM.",
+            "",
+            "",
+            "We have: 1. A dataset 2. A new model 3. Open code",
+        ),
+        (
+            "## Introduction\nRun:\n```sh\n# load it\n**Method**\n~~~\n```\nEnd.\n## Method\nM.",
+            "",
+            "",
+            "Run: ```sh # load it **Method** ~~~ ``` End.",
+        ),
+        (
+            "## Abstract ##\nA.\n## Introduction {#sec:intro}\nI.\n### Part ###\nP.\n**Bold part**\nQ.\n## Method ##\nM.",
+            "",
+            "A.",
+            "I. Part P. Bold part Q.",
+        ),
+        (
+            "T\n\nAbstract\nA. ```x``` is code.\n\n1 Introduction\nI **am** bold.\n**All of it is.**\n\n2 Method\nM.",
+            "T",
+            "A. ```x``` is code.",
+            "I **am** bold. **All of it is.**",
+        ),
+        ("Abstract\nTwo lines\nand a rule\n---\nMore.\n\nIntroduction\nI.", "", "Two lines and a rule More.", "I."),
+    ],
+)
+def test_markdown_in_its_forms(text: str, title: str, abstract: str, introduction: str) -> None:
+    assert Paper.parse(text) == Paper(title, abstract, introduction)
+
+
 def test_numbers_of_any_length() -> None:
     paper = Paper.parse(f"Abstract\nText.\n{'9' * 5000} Methods\nMore.\n{'1' * 5000} Introduction\n")
     assert paper.abstract.startswith("Text. 999")

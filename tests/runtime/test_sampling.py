@@ -245,6 +245,7 @@ def test_wrong_parameters_are_named(name: str, value: object, error: type[Except
 def test_right_parameters_at_the_edge() -> None:
     SamplingParams(min_p=0.0, top_p=1.0, top_k=0, temperature=1e-3, min_new_tokens=100, seed=0, stop="x")
     assert SamplingParams(stop="ab").stop == ("ab",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(n=np.int64(3), seed=np.uint64(7), top_p=np.float32(0.5)).n == 3
 
 

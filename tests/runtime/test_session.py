@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ramekin.session import usable_cores
+from ramekin import Engine, RuntimeVersionError
+from ramekin.errors import ModelFormatError, RamekinError
+from ramekin.manifest import VersionRange
+from ramekin.session import onnxruntime, usable_cores
+from tests.runtime.conftest import TINY_MODEL
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -54,3 +60,50 @@ def test_affinity_counts() -> None:
         assert usable_cores() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        ("pthread_create failed, error code: 11", RamekinError, "gets no more threads or files"),
+        ("SystemError : 24", RamekinError, "gets no more threads or files"),
+        ("bad_alloc", RamekinError, "not enough memory"),
+        ("no such operator", ModelFormatError, "cannot load this graph"),
+    ],
+)
+def test_what_is_not_the_models_fault(
+    said: str, kind: type[RamekinError], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("ramekin.session._create", fails)
+    with pytest.raises(RamekinError, match=told) as failed:
+        Engine.load(TINY_MODEL)
+    assert type(failed.value) is kind
+
+
+def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", fails)
+    with pytest.raises(RamekinError, match="gets no more threads or files"):
+        Engine.load(TINY_MODEL)
+
+
+def test_a_package_of_which_only_the_folder_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "onnxruntime").mkdir()
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    with pytest.raises(RuntimeVersionError, match="onnxruntime is not whole"):
+        onnxruntime(VersionRange())
+
+
+def test_a_command_calls_nobody_and_a_library_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime 1.30 keeps an identifier in HOME and calls its makers, unless this is set before it is imported."""
+    program = "import os, sys; from ramekin.cli import main; main({}); print(os.environ.get('ORT_DISABLE_TELEMETRY'))"
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    for arguments, value in (("", "1"), ("['--version']", "None")):
+        command = [sys.executable, "-c", program.format(arguments), "--version"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()[-1] == value

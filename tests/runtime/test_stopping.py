@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -153,6 +154,41 @@ def test_whole_things_may_have_whole_parts(stopping: Stopping) -> None:
     with pytest.raises(SystemExit):
         write()
     assert done == [0, 1, 2]
+
+
+SWALLOWS = """
+import signal, time
+stopped = False
+try:
+    signal.raise_signal(signal.SIGTERM)
+except BaseException:
+    stopped = True
+"""
+
+
+def test_a_module_is_loaded_to_its_end(stopping: Stopping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extension modules drop what is raised while they load, and the command would go on as if nobody had asked."""
+    (tmp_path / "swallows_signals.py").write_text(SWALLOWS)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not importlib.import_module("swallows_signals").stopped
+    with pytest.raises(SystemExit) as ended:
+        time.sleep(5)
+    assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_a_host_that_runs_commands_while_it_is_loaded(tmp_path: Path) -> None:
+    """It is stopped at once: the module that is loading is not one of the command's."""
+    (tmp_path / "host.py").write_text(
+        "import signal, time\n"
+        "from ramekin.stopping import Stopping\n"
+        "with Stopping(ends=False):\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "print('went on')\n"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import host"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == ""
+    assert "KeyboardInterrupt" in done.stderr
 
 
 def test_a_thread_that_cannot_listen() -> None:
