@@ -179,8 +179,9 @@ def test_a_module_is_loaded_to_its_end(stopping: Stopping, tmp_path: Path, monke
 def test_a_host_that_runs_commands_while_it_is_loaded(tmp_path: Path) -> None:
     """It is stopped at once: the module that is loading is not one of the command's."""
     (tmp_path / "host.py").write_text(
-        "import signal, time\n"
+        "import signal\n"
         "from ramekin.stopping import Stopping\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job is deaf to it
         "with Stopping(ends=False):\n"
         "    signal.raise_signal(signal.SIGINT)\n"
         "print('went on')\n"
