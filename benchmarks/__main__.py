@@ -11,7 +11,7 @@ from benchmarks.environments import ENVIRONMENTS
 from benchmarks.jobs import JOBS, QUICK
 from benchmarks.machine import level
 from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
-from benchmarks.results import good_runs, read
+from benchmarks.results import read
 from benchmarks.speed import Plan, run_kernels, run_own
 from benchmarks.speed import run as run_plan
 from ramekin.errors import RamekinError
@@ -121,7 +121,7 @@ def run(
     before = len(read(out))
     (run_own if own else run_kernels if kernels else run_plan)(plan, out)
     new = read(out)[before:]
-    if any("error" in row for row in new) and not good_runs(new):
+    if any("error" in row for row in new) and not any("engine" in row and "error" not in row for row in new):
         raise click.ClickException("no engine ran; what failed stands above and in the results")
 
 

@@ -6,6 +6,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -47,11 +48,12 @@ def check_target(out: Path, force: bool) -> None:
 def _is_mounted(out: Path) -> bool:
     """Whether `out` is a mount point: of another disk, or (Linux: proc(5), mountinfo) of a folder of the same one."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text("utf-8", "surrogateescape").splitlines()
+        lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
     except OSError:
         lines = []
-    points = {line.split(" ")[4].replace("\\040", " ") for line in lines}
-    return out.is_mount() or str(out.resolve()) in points
+    points = (fields[4] for line in lines if len(fields := line.split(b" ")) > 4)
+    plain = {re.sub(rb"\\([0-3][0-7]{2})", lambda octal: bytes([int(octal[1], 8)]), point) for point in points}
+    return os.path.ismount(out) or os.fsencode(out.resolve()) in plain
 
 
 def _model_files(out: Path) -> set[str]:

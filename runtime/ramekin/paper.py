@@ -6,7 +6,7 @@ import json
 import os
 import re
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +22,14 @@ _HEADING = re.compile(
     r"\s*(?:(?P<mark>[:.\u2014-])[*_]{0,2}\s*(?P<rest>.*))?$",
     re.IGNORECASE,
 )
-_UNDERLINE = re.compile(r"^\s{0,3}(=+|-{2,})\s*$")
-_FENCE = re.compile(r"^\s{0,3}(`{3,}|~{3,})")
-_BOLD = re.compile(r"^\s{0,3}(\*\*|__)(?P<title>[^*_].*[^\s.,;?!*_])\1\s*$")
-_AS_BOLD = "#" * 6  # marks of a bold line that is a heading: below all headings that have marks of their own
+_UNDERLINE = re.compile(r"^\s{0,3}(={3,}|-{3,})\s*$")
+_FENCE = re.compile(r"^\s{0,3}(`{3,}|~{3,})[^`]*$")
+_BOLD = re.compile(r"^\s{0,3}\*\*(?P<title>[^\s*](?:(?!\*\*).)*[^\s*.,;:?!])\*\*\s*$")
 _MARKED = re.compile(r"^\s{0,3}(#{1,6})\s+(\S.*)$")
 _NUMBERED = re.compile(r"^\s{0,3}(\d{1,4}|[IVX]+)(\.?)\s+([A-Z].*[^.,;:?!])$")
 _ROMAN = ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX", "X")
 _HEADING_WORDS = 6
+_TITLE_WORDS = 20
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,17 @@ def _sections(text: str) -> dict[str, str]:
     parts: dict[str, list[str]] = {"title": [], "abstract": [], "introduction": []}
     current: str | None = "title"
     opened: re.Match[str] | None = None
+    opened_bold = False
     lines = list(_lines(text))
-    for (before, _), (line, literal) in zip([("", False), *lines], lines, strict=False):
-        heading = None if literal else _HEADING.match(line)
-        if heading and not (opened and before.strip() and _in_a_sentence(heading)):
-            current, opened = heading["name"].lower(), heading
+    for before, line in zip([_Line(""), *lines], lines, strict=False):
+        heading = _HEADING.match(line.heading)
+        if heading and not (opened and before.text.strip() and _in_a_sentence(heading)):
+            current, opened, opened_bold = heading["name"].lower(), heading, line.bold
             parts[current].append(heading["rest"] or "")
-        elif opened and current and not literal and _ends_section(line, opened):
+        elif opened and current and _ends_section(line, opened, opened_bold):
             current = None
         elif current:
-            parts[current].append(line.lstrip("# ") if not literal and _MARKED.match(line) else line)
+            parts[current].append(line.text)
     if not any("".join(parts[name]).strip() for name in ("abstract", "introduction")):
         raise PaperError(
             "not a paper: expected JSON with title, abstract and introduction, "
@@ -125,38 +126,68 @@ def _sections(text: str) -> dict[str, str]:
     return {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
 
 
-def _lines(text: str) -> Iterator[tuple[str, bool]]:
-    """The lines of a text, and whether each stands between fences, where nothing is a heading. Headings begin with marks.
+@dataclass(frozen=True)
+class _Line:
+    """A line of a text: what it says, what it says as a heading (nothing if it can be none), and whether it is all bold."""
 
-    Source: spec.commonmark.org 0.31, ATX headings, setext headings, fenced code blocks; `{#name}` is Pandoc's.
+    text: str
+    heading: str = ""
+    bold: bool = False
+
+
+def _lines(text: str) -> Iterator[_Line]:
+    """The lines of a text. Whichever way a heading is marked, it has marks at its beginning then, or is bold.
+
+    Source: spec.commonmark.org 0.31, ATX headings, setext headings, fenced code blocks. Fences that nobody closes are text,
+    and so are rules below sentences.
     """
-    lines = text.splitlines()
-    fence = ""
-    for before, line, after in zip(["", *lines], lines, [*lines[1:], ""], strict=False):
-        mark = _FENCE.match(line)
-        if fence:
-            yield line, True
-            if mark and mark[1].startswith(fence) and not line.strip(" `~"):
-                fence = ""
-        elif mark and "`" not in line.strip()[len(mark[1]) :]:
-            fence = mark[1]
-            yield line, True
-        elif not before.strip() and line.strip() and not _MARKED.match(line) and (under := _UNDERLINE.match(after)):
-            yield f"{'#' if under[1].startswith('=') else '##'} {_title(line)}", False
-        elif _UNDERLINE.match(line) and before.strip() and not line.isspace():
-            yield "", False
+    lines = text.strip().splitlines()
+    if len(lines) > 2 and _closing(lines, 0) == len(lines) - 1:  # all of it between fences, as chat models write
+        lines = lines[1:-1]
+    place = 0
+    while place < len(lines):
+        line, before, after = lines[place], lines[place - 1] if place else "", (*lines, "")[place + 1]
+        closed = _closing(lines, place)
+        alone = not before.strip() or _HEADING.match(line)
+        under = _UNDERLINE.match(after) if alone and _like_a_title(line) else None
+        if closed:
+            yield from map(_Line, lines[place : closed + 1])
+            place = closed
+        elif under:
+            yield _Line(_title(line), f"{'#' if under[1].startswith('=') else '##'} {_title(line)}")
+            place += 1
         elif marked := _MARKED.match(line):
-            yield f"{marked[1]} {_title(marked[2])}", False
-        elif (bold := _BOLD.match(line)) and len(bold["title"].split()) <= _HEADING_WORDS:
-            yield f"{_AS_BOLD} {bold['title']}", False
+            yield _Line(_title(marked[2]), f"{marked[1]} {_title(marked[2])}")
+        elif (bold := _BOLD.match(line)) and not before.strip() and len(bold["title"].split()) <= _HEADING_WORDS:
+            yield _Line(line, bold["title"], bold=True)
         else:
-            yield line, False
+            yield _Line(line, line)
+        place += 1
+
+
+def _closing(lines: Sequence[str], place: int) -> int:
+    """Where the fence that a line opens is closed; 0 if it opens none, or none that is closed."""
+    fence = _FENCE.match(lines[place])
+    if not fence:
+        return 0
+    ends = (i for i in range(place + 1, len(lines)) if lines[i].strip().startswith(fence[1]) and not lines[i].strip(" \t`~"))
+    return next(ends, 0)
+
+
+def _like_a_title(line: str) -> bool:
+    said = line.strip()
+    return bool(said) and len(said.split()) <= _TITLE_WORDS and said[-1] not in ".,;:" and not _UNDERLINE.match(line)
 
 
 def _title(text: str) -> str:
-    """A heading's text without what closes or names it, and not in bold."""
-    bare = re.sub(r"\s*\{[^{}]*\}\s*$", "", text.strip())
-    bare = re.sub(r"\s+#+\s*$", "", bare)
+    """A heading's text without what closes it or, in Pandoc's way, names it, and not in bold."""
+    bare = text.strip()
+    start = bare.rfind("{")
+    if bare.endswith("}") and (bare[start + 1] in "#.-" or "=" in bare[start:].partition(" ")[0]):
+        bare = bare[:start].rstrip()
+    open_end = bare.rstrip("#")
+    if open_end != bare and open_end[-1:].isspace():
+        bare = open_end.rstrip()
     bold = _BOLD.match(bare)
     return bold["title"] if bold else bare
 
@@ -167,17 +198,21 @@ def _in_a_sentence(heading: re.Match[str]) -> bool:
     return bare and bool(heading["rest"]) and heading["mark"] in (".", "-")
 
 
-def _ends_section(line: str, opened: re.Match[str]) -> bool:
+def _ends_section(line: _Line, opened: re.Match[str], opened_bold: bool) -> bool:
     """Whether a line is the heading of what follows the section that the heading `opened` began.
 
     A Markdown heading is, unless it is deeper; a numbered line is if it is short and goes on in the heading's own numbers,
-    but below a Markdown heading it belongs to a list.
+    but below a Markdown heading it belongs to a list. Below a heading in bold others in bold are, or their next number.
     """
-    marked = _MARKED.match(line)
+    marked = None if line.bold else _MARKED.match(line.heading)
     if marked:
         return not opened["marks"] or len(marked[1]) <= len(opened["marks"].strip())
-    numbered = _NUMBERED.match(line)
-    if not numbered or opened["marks"] not in (None, f"{_AS_BOLD} ") or len(numbered[3].split()) > _HEADING_WORDS:
+    if opened["marks"] or (opened_bold and not line.bold):
+        return False
+    if opened_bold and not opened["number"]:
+        return True
+    numbered = _NUMBERED.match(line.heading)
+    if not numbered or len(numbered[3].split()) > _HEADING_WORDS:
         return False
     if not opened["number"]:  # an abstract has no number: the next section is the first
         return _value(numbered[1]) == 1

@@ -56,6 +56,8 @@ def failure(error: Exception, hint: str = "; `ramekin verify` tells whether the 
     reason = " ".join(str(error).split())[:300]
     if about_memory(error):
         return RamekinError(f"not enough memory; ask for fewer or shorter samples, or give a shorter prompt ({reason})")
+    if about_limits(error):
+        return RamekinError(f"{LIMITS} ({reason})")
     return RamekinError(f"onnxruntime failed: {reason}{hint}")
 
 

@@ -35,6 +35,8 @@ class Stopping:
         self._waiting: int | None = None
         self._depth = 0
         self._outside: FrameType | None = None
+        self._later: tuple[threading.Timer, int] | None = None
+        self._again = False
 
     def __enter__(self) -> Stopping:
         """Handle all signals that nobody else handles; none in a thread that cannot."""
@@ -46,32 +48,56 @@ class Stopping:
                     self._before[number] = signal.signal(number, self._hear)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         """Be as before; deaf if the process was stopped and ends now, so that Python's own end is not disturbed either."""
-        self._outside = None
+        later, self._later, self._outside = self._later, None, None
         over = self._ends and bool(self._heard)
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if over else handler)
         if over and hasattr(signal, "alarm"):
             signal.alarm(_END)
+        if later:
+            timer, number = later
+            timer.cancel()
+            if not self._ends and failed is None:  # a process that ends is as good as stopped
+                _stop(number)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if _loads(frame, self._outside):
-            later = threading.Timer(_LATER, signal.raise_signal, [number])
-            later.daemon = True
-            later.start()
-            return
         now = time.monotonic()
-        if self._heard and now - self._heard[-1] < _PATIENCE:
-            return
-        self._heard.append(now)
-        if len(self._heard) > 2 or self._waiting is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        again, self._again = self._again, False
+        if not again:
+            if self._heard and now - self._heard[-1] < _PATIENCE:
+                return
+            self._heard.append(now)
+            if len(self._heard) > 2 or self._waiting is not None:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+        self._later = None
         if self._depth:
             self._waiting = number
+        elif _loads(frame, self._outside):
+            self._defer(number)
         else:
             _stop(number)
+
+    def _defer(self, number: int) -> None:
+        timer = threading.Timer(_LATER, self._raise_again, [number])
+        timer.daemon = True
+        self._later = timer, number
+        try:
+            timer.start()
+        except RuntimeError:  # there are no more threads
+            self._later = None
+            _stop(number)
+
+    def _raise_again(self, number: int) -> None:
+        """In a thread: wake the main one, which may wait for something."""
+        self._again = True
+        main = threading.main_thread().ident
+        if main and hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(main, number)
+        else:
+            signal.raise_signal(number)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

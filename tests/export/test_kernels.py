@@ -180,8 +180,9 @@ def test_every_weight_key_and_value_is_read_by_one_kernel(
     command = ["run", "--quick", "--kernels", "--threads", "1", "--work", str(folder.parents[1]), "--out", str(out)]
     done = CliRunner().invoke(cli, command)
     assert "ramekin int4, 3 samples failed: " in done.stderr
+    assert done.exit_code == 0, done.output
     first = read(out)
-    CliRunner().invoke(cli, command)
+    assert CliRunner().invoke(cli, command).exit_code == 1
     assert [each.get("engine") for each in read(out)[len(first) :]] == [None, "ramekin int4"]
     failed, found = first[-2:]
     assert "manifest.json" in failed["error"]

@@ -439,13 +439,32 @@ def test_what_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(FileExistsError, match="is the current folder"):
         check_target(out, force=True)
     monkeypatch.chdir(tmp_path)
-    mounted = f"31 28 0:27 / {str(out).replace(' ', chr(92) + '040')} rw,relatime - ext4 /dev/vda rw\n"
-    read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path, *a: mounted if path.name == "mountinfo" else read(path, *a))
-    with pytest.raises(FileExistsError, match="something is mounted there"):
+    read = Path.read_bytes
+    other = b"31 28 0:27 / /elsewhere\xe2\x80\xa8 rw"
+    for found in (other + b"\n", b"a line that is none\n\n", None):
+
+        def mountinfo(path: Path, found: bytes | None = found) -> bytes:
+            if path.name != "mountinfo":
+                return read(path)
+            if found is None:
+                raise FileNotFoundError
+            return found
+
+        monkeypatch.setattr(Path, "read_bytes", mountinfo)
         check_target(out, force=False)
-    mounted = "31 28 0:27 / /elsewhere rw"
+        with monkeypatch.context() as on_another_disk:
+            on_another_disk.setattr("os.path.ismount", lambda path: path == out)
+            with pytest.raises(FileExistsError, match="something is mounted there"):
+                check_target(out, force=False)
+    odd = tmp_path / "a b\tc\\040d"
+    odd.mkdir()
+    escaped = os.fsencode(odd).replace(b"\\", b"\\134").replace(b" ", b"\\040").replace(b"\t", b"\\011")
+    monkeypatch.setattr(
+        Path, "read_bytes", lambda _: other + b"\n32 28 0:27 / " + escaped + b" rw,relatime - ext4 /dev/vda rw\n"
+    )
     check_target(out, force=False)
+    with pytest.raises(FileExistsError, match="something is mounted there"):
+        check_target(odd, force=False)
 
 
 def test_leftovers_are_told_of(tmp_path: Path) -> None:

@@ -160,20 +160,78 @@ SWALLOWS = """
 import signal, time
 stopped = False
 try:
-    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal({})
 except BaseException:
     stopped = True
 """
 
 
-def test_a_module_is_loaded_to_its_end(stopping: Stopping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_module_is_loaded_to_its_end(
+    stopping: Stopping, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Extension modules drop what is raised while they load, and the command would go on as if nobody had asked."""
-    (tmp_path / "swallows_signals.py").write_text(SWALLOWS)
+    (tmp_path / f"swallows_{number}.py").write_text(SWALLOWS.format(int(number)))
     monkeypatch.syspath_prepend(tmp_path)
-    assert not importlib.import_module("swallows_signals").stopped
-    with pytest.raises(SystemExit) as ended:
-        time.sleep(5)
-    assert ended.value.code == 128 + signal.SIGTERM
+    assert not importlib.import_module(f"swallows_{number}").stopped
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as ended:
+        time.sleep(30)
+    assert time.monotonic() - began < 20  # it is woken
+    assert number == signal.SIGINT or ended.value.code == 128 + number  # type: ignore[union-attr]
+
+
+def test_a_module_that_loads_for_ever_can_be_ended(tmp_path: Path) -> None:
+    """By the third signal, as anything else."""
+    (tmp_path / "hangs.py").write_text("import time\nprint('loading', flush=True)\nwhile True: time.sleep(0.01)\n")
+    program = (
+        f"import signal, sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import ramekin.stopping; ramekin.stopping._PATIENCE = 0.1\n"
+        "with ramekin.stopping.Stopping(ends=True): import hangs"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        for _ in range(3):
+            assert process.poll() is None
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_command_that_is_over_before_a_signal_is_raised_again(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host hears it there, and not in the middle of something of its own."""
+    (tmp_path / f"over_{number}.py").write_text(SWALLOWS.format(int(number)))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def command(failure: type[OSError] | None) -> None:
+        sys.modules.pop(f"over_{number}", None)
+        with Stopping(ends=False):
+            importlib.import_module(f"over_{number}")
+            if failure:
+                raise failure
+
+    try:
+        for failure in (None, OSError):
+            with pytest.raises(failure or (KeyboardInterrupt, SystemExit)):
+                command(failure)
+            time.sleep(0.2)  # nothing comes any more
+    finally:
+        signal.signal(number, before)
+
+
+def test_no_thread_to_raise_it_again(stopping: Stopping, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    (tmp_path / "at_once.py").write_text(SWALLOWS.format(int(signal.SIGTERM)))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("threading.Thread.start", fails)
+    assert importlib.import_module("at_once").stopped
 
 
 def test_a_host_that_runs_commands_while_it_is_loaded(tmp_path: Path) -> None:
