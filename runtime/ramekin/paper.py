@@ -144,10 +144,13 @@ def _lines(text: str) -> Iterator[_Line]:
     lines = text.strip().splitlines()
     if len(lines) > 2 and _closing(lines, 0) == len(lines) - 1:  # all of it between fences, as chat models write
         lines = lines[1:-1]
-    place = 0
+    place, unclosed = 0, {"`": len(text) + 1, "~": len(text) + 1}
     while place < len(lines):
-        line, before, after = lines[place], lines[place - 1] if place else "", (*lines, "")[place + 1]
-        closed = _closing(lines, place)
+        line, before, after = lines[place], lines[place - 1] if place else "", "".join(lines[place + 1 : place + 2])
+        fence = _FENCE.match(line)
+        closed = _closing(lines, place) if fence and len(fence[1]) < unclosed[fence[1][0]] else 0
+        if fence and not closed:  # nor are longer ones: nobody needs to look for their ends
+            unclosed[fence[1][0]] = min(unclosed[fence[1][0]], len(fence[1]))
         alone = not before.strip() or _HEADING.match(line)
         under = _UNDERLINE.match(after) if alone and _like_a_title(line) else None
         if closed:
@@ -183,7 +186,7 @@ def _title(text: str) -> str:
     """A heading's text without what closes it or, in Pandoc's way, names it, and not in bold."""
     bare = text.strip()
     start = bare.rfind("{")
-    if bare.endswith("}") and (bare[start + 1] in "#.-" or "=" in bare[start:].partition(" ")[0]):
+    if start >= 0 and bare.endswith("}") and (bare[start + 1] in "#.-" or "=" in bare[start:].partition(" ")[0]):
         bare = bare[:start].rstrip()
     open_end = bare.rstrip("#")
     if open_end != bare and open_end[-1:].isspace():
