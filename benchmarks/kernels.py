@@ -73,15 +73,15 @@ def measure(folder: Path, job: Job, threads: int) -> dict[str, Any]:
     """Profile a job, and time it without the profiler.
 
     Raises:
-        RamekinError: the folder is none of ours for a CPU, or the job makes no sense.
+        RamekinError: the folder cannot be loaded, or is not of our own graphs.
     """
     engine = Engine.load(folder, threads=threads)
     if engine.manifest.layout == "optimum":
         raise RamekinError(f"{folder}: is of optimum's exporter, and only our own graphs tell what their nodes do")
-    graphs = _profiled(engine, folder, job, threads)
+    profiled = _profiled(engine, folder, job, threads)
     timing = run(engine, job)
     measured = {"first_token_s": timing.first_token_s, "step_ms": timing.step_p50_ms, "job_s": timing.job_s}
-    return {**asdict(job), **measured, "graphs": graphs, "ceiling": asdict(Ceiling.measure(threads))}
+    return {**asdict(job), **measured, "graphs": profiled, "ceiling": asdict(Ceiling.measure(threads))}
 
 
 def _profiled(engine: Engine, folder: Path, job: Job, threads: int) -> dict[str, dict[str, Any]]:

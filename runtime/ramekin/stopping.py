@@ -92,6 +92,8 @@ class Stopping:
 
     def _raise_again(self, number: int) -> None:
         """In a thread: wake the main one, which may wait for something."""
+        if not self._later:  # the command is over, and its host has heard of it
+            return
         self._again = True
         main = threading.main_thread().ident
         if main and hasattr(signal, "pthread_kill"):
