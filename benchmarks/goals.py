@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from benchmarks.results import Figure, by_round, job_time
 
 Runs = Sequence[Mapping[str, Any]]
 Found = Mapping[tuple[str, str], Runs]
@@ -85,17 +87,17 @@ def section(found: Found, own: Sequence[Mapping[str, Any]], more: str = "") -> s
     goals = list(_goals(found, own))
     lines = [
         "## Goals\n",
-        "Next to others: the best of our precisions and the fastest of all peers in that line, whatever their bits: the median of the rounds in "
-        "which both took turns (their range in brackets), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
+        "Next to others: the best of our precisions and, whatever their bits, the fastest of all peers in each round: the median of the rounds in "
+        "which it and the peer that is named took turns (their range in brackets), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
         "our precisions; Python's share and what grows: the worst of those measured. The last column is the share of what "
         "this machine could do: for times, reading the weights or multiplying, whichever takes longer; for memory, the weights, keys "
-        "and values of the job. What is no rate has none.\n",
+        "and values of the job. Lines that are not rates have no such share.\n",
         "| | goal | floor | reached | | by | of the ceiling |",
         "|---|---|---|---|---|---|---|",
         *(goal.line() for goal in goals),
     ]
     lines += [f"\n{missed}{more and f'; {more}'}." for goal in goals if (missed := goal.missed())]
-    other = _ratio(found, "900 n=16", _job, (_OTHER_PATH,))
+    other = _ratio(found, "900 n=16", job_time, (_OTHER_PATH,))
     if other.value:
         lines.append(
             f"\nbitsandbytes is measured as pip installs it, with the model card's arguments. With its other path ({_OTHER_PATH.partition(', ')[2]}; "
@@ -119,12 +121,12 @@ def _goals(found: Found, own: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
         ("1 sample", "900 n=1", 2.0, 1.5, 1, ()),
         ("16 samples, next to bitsandbytes fp4", "900 n=16", 25.0, 13.0, 16, (_BASELINE,)),
     ):
-        reached = _ratio(found, job, _job, peers)
+        reached = _ratio(found, job, job_time, peers)
         yield Goal(name, goal, floor, "x", reached.value, reached.by, share(reached, n, "of_the_ceiling"), reached.rounds)
-    reached = _ratio(found, "900 n=16 natural", _job)
+    reached = _ratio(found, "900 n=16 natural", job_time)
     engine = reached.by.partition(",")[0]
     least = at.get((engine, 900), {}).get("natural_ceiling_s")
-    natural = least and least / _medians(found, "900 n=16 natural", _job)[engine]
+    natural = least and least / _medians(found, "900 n=16 natural", job_time)[engine]
     yield Goal("16 samples of natural lengths", 5.0, 3.0, "x", reached.value, reached.by, natural, reached.rounds)
     for name, goal, floor, n in (
         ("first token of 1 sample, next to the fastest peer", 1.3, 1.0, 1),
@@ -158,10 +160,6 @@ def _goals(found: Found, own: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
         yield Goal(name, goal, floor, "times", growth.get(worst), worst)
 
 
-def _job(run: Mapping[str, Any]) -> float:
-    return float(run["job_s"])
-
-
 def _first(run: Mapping[str, Any]) -> float:
     return float(run["requests"][0][0])
 
@@ -169,9 +167,6 @@ def _first(run: Mapping[str, Any]) -> float:
 def _prefill(run: Mapping[str, Any]) -> float:
     """The first token's time without its step, which is as long as those after it."""
     return _first(run) - float(np.median(np.diff(run["requests"][0])))
-
-
-Figure = Callable[[Mapping[str, Any]], float]
 
 
 def _medians(found: Found, job: str, figure: Figure) -> dict[str, float]:
@@ -188,23 +183,22 @@ class _Ratio:
 
 
 def _ratio(found: Found, job: str, figure: Figure, peers: Sequence[str] = ()) -> _Ratio:
-    """Our fastest next to the fastest peer, or the fastest of `peers`, by their medians."""
+    """Our fastest, by its median, next to the fastest of all peers, or of `peers`.
+
+    In turn it is, in each round in which the peer with the least median took part, whichever was the fastest there.
+    """
     medians = _medians(found, job, figure)
     ours = {engine: value for engine, value in medians.items() if engine.startswith("ramekin")}
     others = {engine: value for engine, value in medians.items() if engine in (peers or medians.keys() - ours.keys())}
     if not ours or not others:
         return _Ratio()
     best, peer = min(ours, key=lambda name: ours[name]), min(others, key=lambda name: others[name])
-    mine, theirs = (_by_round(found[job, engine], figure) for engine in (best, peer))
-    in_turn = tuple(theirs[each] / mine[each] for each in mine.keys() & theirs.keys())
+    mine, theirs = by_round(found[job, best], figure), [by_round(found[job, name], figure) for name in others]
+    rounds = mine.keys() & by_round(found[job, peer], figure).keys()
+    in_turn = tuple(min(each[which] for each in theirs if which in each) / mine[which] for which in rounds)
     if not in_turn:
         return _Ratio(others[peer] / ours[best], f"{best}, {peer}")
     return _Ratio(float(np.median(in_turn)), f"{best}, {peer}", in_turn)
-
-
-def _by_round(runs: Runs, figure: Figure) -> dict[tuple[str, int], float]:
-    """A figure by call and round, which results of old do not tell."""
-    return {(run["call"], run["round"]): figure(run) for run in runs if "call" in run}
 
 
 def _least(found: Found, job: str, figure: Figure) -> tuple[float | None, str]:

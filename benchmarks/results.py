@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 _ROOT = Path(__file__).parents[1]
@@ -15,6 +16,8 @@ _SAME = ("machine", "model", "random", "threads")
 """What all runs of a file have in common, else they could not be compared."""
 
 Rows = Sequence[Mapping[str, Any]]
+Figure = Callable[[Mapping[str, Any]], float]
+"""What is read off a run."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -103,3 +106,23 @@ def good_runs(rows: Rows) -> dict[tuple[str, str], list[Mapping[str, Any]]]:
         if "engine" in row and "error" not in row:
             found.setdefault((row["job"], row["engine"]), []).append(row)
     return found
+
+
+def job_time(run: Mapping[str, Any]) -> float:
+    """Seconds of a whole job."""
+    return float(run["job_s"])
+
+
+def by_round(runs: Rows, figure: Figure) -> dict[tuple[str, int], float]:
+    """A figure by call and round, which results of old do not tell."""
+    return {(run["call"], run["round"]): figure(run) for run in runs if "call" in run}
+
+
+def times_as_long(runs: Rows, ours: Rows) -> float:
+    """How many times as long as ours a job takes: the median of the rounds in which both took turns, else of their medians.
+
+    Medians of different rounds would say how slow the machine was in them, too.
+    """
+    theirs, mine = by_round(runs, job_time), by_round(ours, job_time)
+    in_turn = [theirs[each] / mine[each] for each in theirs.keys() & mine.keys()]
+    return median(in_turn) if in_turn else median(map(job_time, runs)) / median(map(job_time, ours))

@@ -15,7 +15,7 @@ from benchmarks.kernels_page import plot as kernels_plot
 from benchmarks.kernels_page import profiled
 from benchmarks.kernels_page import section as kernels_section
 from benchmarks.plotting import pyplot
-from benchmarks.results import good_runs, read
+from benchmarks.results import good_runs, read, times_as_long
 
 Rows = Sequence[Mapping[str, Any]]
 _INTRODUCTION = """# Speed
@@ -107,25 +107,29 @@ def _turns(rows: Rows) -> str:
     runs = [row for row in rows if "engine" in row and "error" not in row]
     calls = {row.get("call") for row in runs}
     if None in calls:
-        return ", and which were measured in one call stands in the [log](log.md)"
+        return ', and which were measured in one call stands in the [log](log.md). "Next to" compares medians'
     commits = sorted({row["commit"] for row in rows if row.get("call") in calls and "commit" in row})
     days = sorted({call[:10] for call in calls})
     called = "one call" if len(calls) == 1 else f"{len(calls)} calls"
-    return f" ({called}, {' and '.join(dict.fromkeys((days[0], days[-1])))}, commit {', '.join(commits) or 'not known'})"
+    return (
+        f" ({called}, {' and '.join(dict.fromkeys((days[0], days[-1])))}, commit {', '.join(commits) or 'not known'}). "
+        '"In turn with" is how many times as long a job\ntakes as ours in the same rounds: a machine is not as fast in every hour, '
+        "so medians of other rounds cannot be divided by one another"
+    )
 
 
 def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
-    fastest_peer = min((_job_s(runs) for engine, runs in entries if not engine.startswith("ramekin")), default=None)
+    best = _best([entry for entry in entries if entry[0].startswith("ramekin")])
     requests = {**JOBS, **QUICK}[job]
     tokens = sum(sum(request.lengths) for request in requests)
     most = max(len(runs) for _, runs in entries)
     lines = [
         f"## {job}\n",
         f"{most} run{'s'[: most > 1]} of each engine where its line says nothing else.\n",
-        "| | job | fastest peer / this | first token | step p50 / p95 | tokens/s | cold start | peak memory |",
+        f"| | job | {_next_to(best)} | first token | step p50 / p95 | tokens/s | cold start | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for engine, runs in sorted(entries, key=lambda entry: _job_s(entry[1])):
+    for engine, runs in sorted(entries, key=lambda entry: _length(entry[1], best)):
         fewer = f" ({len(runs)} run{'s'[: len(runs) > 1]})" if len(runs) < most else ""
         job_s = _job_s(runs)
         steps = [step for run in runs for ends in run["requests"] for step in np.diff(ends) * 1e3]
@@ -133,7 +137,7 @@ def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
         first = np.median([run["requests"][0][0] for run in runs])
         lines.append(
             f"| {engine}{fewer} | {_cell(runs)} "
-            f"| {f'{fastest_peer / job_s:.2f}' if fastest_peer else ''} | {_seconds(first)} | {p50:.0f} / {p95:.0f} ms "
+            f"| {_in_turn(runs, best)} | {_seconds(first)} | {p50:.0f} / {p95:.0f} ms "
             f"| {tokens / job_s:.1f} | {np.median([run['cold_start_s'] for run in runs]):.2f} s "
             f"| {np.median([run['peak_mb'] for run in runs]):,.0f} MB |"
         )
@@ -152,20 +156,42 @@ def summary(results: Path) -> str:
         "900 n=1": "1 x 100",
     }
     shape = f"random weights of {rows[0]['model']}'s shape" if rows[0]["random"] else rows[0]["model"]
+    forced = next(iter(jobs))
+    best = _best([(engine, found[forced, engine]) for engine in engines if engine.startswith("ramekin")])
     lines = [
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['extensions'])}), {rows[0]['threads']} threads, "
         f"{shape}, 900 tokens in; medians of {min(len(found[each]) for each in found if each[0] in jobs)} or more "
         "runs, each in a fresh process:\n",
-        f"| | {' | '.join(jobs.values())} | first token, n=16 | peak memory, n=16 |",
-        "|---" * (len(jobs) + 3) + "|",
+        f"| | {jobs[forced]} | {_next_to(best)} | {' | '.join(list(jobs.values())[1:])} | first token, n=16 | peak memory, n=16 |",
+        "|---" * (len(jobs) + 4) + "|",
     ]
-    for engine in sorted(engines, key=lambda each: _job_s(found["900 n=16", each])):
+    for engine in sorted(engines, key=lambda each: _length(found[forced, each], best)):
         cells = [_cell(found[job, engine]) if (job, engine) in found else "" for job in jobs]
-        runs = found["900 n=16", engine]
+        runs = found[forced, engine]
+        cells.insert(1, _in_turn(runs, best))
         first = np.median([run["requests"][0][0] for run in runs])
         peak = np.median([run["peak_mb"] for run in runs])
         lines.append(f"| {engine} | {' | '.join(cells)} | {_seconds(first)} | {peak:,.0f} MB |")
     return "\n".join(lines) + "\n"
+
+
+def _best(entries: Sequence[tuple[str, Rows]]) -> tuple[str, Rows]:
+    """The entry of the shortest job."""
+    return min(entries, key=lambda entry: _job_s(entry[1]), default=("", ()))
+
+
+def _length(runs: Rows, ours: tuple[str, Rows]) -> float:
+    """How long a job takes next to ours, or in seconds if there are none of ours."""
+    return times_as_long(runs, ours[1]) if ours[1] else _job_s(runs)
+
+
+def _next_to(ours: tuple[str, Rows]) -> str:
+    name, runs = ours
+    return name and f"{'in turn with' if any('call' in run for run in runs) else 'next to'} {name}"
+
+
+def _in_turn(runs: Rows, ours: tuple[str, Rows]) -> str:
+    return f"{_length(runs, ours):.2f} x" if ours[1] else ""
 
 
 def _cut(runs: Rows) -> str:
