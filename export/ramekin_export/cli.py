@@ -98,7 +98,7 @@ def export_options(command: Command) -> Command:
     type=click.Choice(["ramekin", "optimum"]),
     default="ramekin",
     show_default=True,
-    help="Whose graphs: ours, or those that optimum traces (slower ones, fp32 or int8; needs ramekin[cpu,reference]).",
+    help="Whose graphs: ours, or those that optimum traces (slower ones, fp32 or int8; needs the extra [reference]).",
 )
 @export_options
 def export(
@@ -133,7 +133,7 @@ def export(
         try:
             manifest = export_via_optimum(source, out, precision, revision, force, prompt)
         except ImportError as error:
-            raise click.ClickException(f"--via optimum needs {error.name}: pip install 'ramekin[cpu,reference]'") from None
+            raise click.ClickException(f"--via optimum needs {error.name}: pip install '.[cpu,reference]' in ramekin's clone") from None
         except ValueError as error:
             if isinstance(error, RamekinError):
                 raise
@@ -173,6 +173,9 @@ def _tell(out: Path, manifest: Manifest) -> None:
     click.echo(f"{out}: {manifest.variant}, {manifest.precision}, {size / 1e6:,.1f} MB", err=True)
     for line in table(manifest.quality):
         click.echo(line, err=True)
+    if not manifest.quality and not manifest.precision.startswith("fp32"):
+        where = "" if "cpu" in manifest.providers else " on a GPU"
+        click.echo(f"not compared with float32; `ramekin verify --reference` does that{where}", err=True)
 
 
 def against_reference(

@@ -123,7 +123,7 @@ def _require(quality: Mapping[str, Any]) -> None:
 
 
 def _tell_what_is_missing(checks: Checks) -> None:
-    install = "pip install 'ramekin[cpu,export]'"
+    install = "pip install onnxruntime"
     if checks.calibrate or checks.papers:
         raise RuntimeVersionError(f"papers to calibrate or to verify with need onnxruntime: {install}")
     missing = "nothing is calibrated, measured or compared with float32, and `ramekin verify` cannot run it"

@@ -36,7 +36,7 @@ class _Commands(click.Group):
             try:
                 command: click.Command = each.load()
             except ImportError as error:
-                reason = f"`ramekin {cmd_name}` needs {error.name}: pip install 'ramekin[cpu,export]'"
+                reason = f"`ramekin {cmd_name}` needs {error.name}: pip install '.[cpu,export]' in ramekin's clone"
                 anything = {"ignore_unknown_options": True, "allow_extra_args": True}
                 return click.Command(
                     cmd_name, anything, _refuse(reason), short_help=f"(needs {error.name})", add_help_option=False

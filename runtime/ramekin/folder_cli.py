@@ -89,7 +89,7 @@ def verify(
     """Check a MODEL folder: the SHA-256 of every file, and that it computes what it did when it was exported.
 
     With --reference also that it predicts what the checkpoint does: KL divergence, first choices, likelihood. That needs
-    ramekin[export], a temporary copy in float32 beside MODEL, and some minutes for a large model.
+    the extra [export], a temporary copy in float32 beside MODEL, and some minutes for a large model.
 
     \b
     Examples:
@@ -112,7 +112,7 @@ def verify(
         against = found.load()
     except ImportError as error:
         raise click.ClickException(
-            f"--reference needs the package {error.name}: pip install 'ramekin[cpu,export]'"
+            f"--reference needs the package {error.name}: pip install '.[cpu,export]' in ramekin's clone"
         ) from None
     quality = against(model, reference, revision, papers, threads, provider or AUTO)
     if as_json:

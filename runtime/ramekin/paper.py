@@ -22,7 +22,7 @@ _HEADING = re.compile(
     r"\s*(?:(?P<mark>[:.\u2014-])[*_]{0,2}\s*(?P<rest>.*))?$",
     re.IGNORECASE,
 )
-_UNDERLINE = re.compile(r"^\s{0,3}(={3,}|-{3,})\s*$")
+_UNDERLINE = re.compile(r"^\s{0,3}(={3,}|-{3,}|~{3,})\s*$")
 _FENCE = re.compile(r"^\s{0,3}(`{3,}|~{3,})[^`]*$")
 _BOLD = re.compile(r"^\s{0,3}\*\*(?P<title>[^\s*](?:(?!\*\*).)*[^\s*.,;:?!])\*\*\s*$")
 _MARKED = re.compile(r"^\s{0,3}(#{1,6})\s+(\S.*)$")

@@ -71,7 +71,7 @@ def cuda_problem(ort: Any) -> str:
     if PROVIDERS["cuda"] not in ort.get_available_providers():
         return (
             f"the onnxruntime {ort.__version__} installed here has no CUDA: "
-            "pip uninstall onnxruntime, then pip install 'ramekin[gpu]'"
+            "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu>=1.31.1'"
         )
     try:
         ctypes.CDLL(_DRIVER)

@@ -28,7 +28,7 @@ def onnxruntime(supported: VersionRange) -> Any:
     try:
         module = importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise RuntimeVersionError(f"onnxruntime cannot be imported ({error}): pip install 'ramekin[cpu]'") from error
+        raise RuntimeVersionError(f"onnxruntime cannot be imported ({error}): pip install onnxruntime") from error
     if not hasattr(module, "__version__"):  # a folder that somebody left
         raise RuntimeVersionError("onnxruntime is not whole: pip install --force-reinstall onnxruntime")
     if module.__version__ not in supported:

@@ -243,6 +243,7 @@ def test_via_optimum(
     command = ["export", str(checkpoint("flan")), out, "--via", "optimum", "--precision", precision]
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 0, result.output
+    assert ("not compared with float32" in result.output) == (precision == "int8")
     assert CliRunner().invoke(cli, ["verify", out]).exit_code == 0
     engine = Engine.load(out)
     assert (engine.manifest.layout, engine.manifest.precision) == ("optimum", precision)

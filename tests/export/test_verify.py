@@ -155,9 +155,14 @@ def test_numbers_that_are_not_finite_fail(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verification_can_be_left_out(tmp_path: Path) -> None:
+def test_what_was_not_compared_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["export", str(CHECKPOINT), str(tmp_path / "model"), "--no-verify"])
     assert Manifest.load(tmp_path / "model").quality == {}
+    assert "not compared with float32; `ramekin verify --reference` does that\n" in capsys.readouterr().err
+    cli.main(["export", str(CHECKPOINT), str(tmp_path / "half"), "--precision", "fp16", "--no-verify"])
+    assert "`ramekin verify --reference` does that on a GPU\n" in capsys.readouterr().err
+    cli.main(["export", str(CHECKPOINT), str(tmp_path / "exact"), "--precision", "fp32"])
+    assert "not compared" not in capsys.readouterr().err
 
 
 def test_float32_is_its_own_reference(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ main(["export", "CHECKPOINT", "OUT", "--precision", "int4"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     # Which module is missed first depends on what is installed.
-    assert "pip install 'ramekin[cpu,export]'" in done.stderr
+    assert "pip install '.[cpu,export]'" in done.stderr
     assert done.stderr.startswith("ramekin: `ramekin export` needs ")
 
 
