@@ -11,10 +11,10 @@ _SAMPLES = 4  # for each prompt, where a result says nothing
 _TWINS = ("plain", "channels", "wo", "both", "principal", "signal")
 _INTRODUCTION = """# What quantization does to answers
 
-Made by `python -m benchmarks.quality table`; how to repeat the measurements: `python -m benchmarks.quality --help`.
+Made by `python -m benchmarks.quality table benchmarks/results/quality`; how to repeat the measurements: `python -m benchmarks.quality --help`.
 
-A mean over some 1,700 tokens is decided by a few of them: differences of a fifth between two rows mean nothing, and for models that are
-sure of nearly everything single tokens move it by half. So the rows that matter most were measured on six times as many texts too (`--samples 24`).
+A mean over some 1,700 tokens depends on a few of them: a difference of a fifth between two rows means nothing, and for models that are
+sure of nearly everything a single token can change it by half. So the rows that matter most were measured on six times as many texts too (`--samples 24`).
 
 Every row is one way to store the same weights, judged against float32. The texts are samples that the float32 model
 writes itself (nucleus 0.95, 4 for each prompt) after prompts that no training has seen; each model is fed the same tokens one
@@ -35,7 +35,7 @@ training mends what that changed; in the demo's these two hold a third to two th
 of its own, compared with itself in float32; nf4, whose activations are bfloat16, shows how much of the difference from the plain model is the model's own.
 
 int4 rounds its weights by what their layers see. For these tables it is given 16 papers that the model was trained on (`--calibrate`; none that it is
-judged on): more than `ramekin export` has without that option, which takes two invented papers of the package, **calibrated on other texts** here.
+judged on): more than `ramekin export` has without that option, which takes one invented paper of the package, **calibrated on other texts** here.
 
 What is left out: **not rotated** leaves the residual stream in its own basis, where scales have to be found by token (or row and
 block); **scales by token** does so in the rotated one; **not folded** leaves the scales between values and output, `wi_1` and `wo`, as
