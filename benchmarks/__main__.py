@@ -34,7 +34,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("checkpoint", required=False)
 @click.option("--shape", type=click.Choice(list(SHAPES)), help="Instead of a CHECKPOINT: random weights, made once.")
-@click.option("--quick", is_flag=True, help="The demo model and small jobs: a minute, for CI.")
+@click.option("--quick", is_flag=True, help="The demo model and small jobs, to try it.")
 @click.option("--levers", is_flag=True, help="Not the engines, but our own levers, switched on one by one.")
 @click.option("--own", is_flag=True, help="Not the engines, but what `ramekin bench` tells of ours, for the page's goals.")
 @click.option("--kernels", is_flag=True, help="Not the engines, but where the time of ours goes, kernel by kernel.")

@@ -1,4 +1,4 @@
-"""`ramekin export` and `ramekin demo`."""
+"""`ramekin export`, `ramekin convert` and `ramekin demo`."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def export_options(command: Command) -> Command:
     return command
 
 
-@click.command()
+@click.command(short_help="Turn a T5 checkpoint into a model folder.")
 @click.argument("source")
 @click.argument("out", type=_Out(path_type=Path))
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
@@ -133,7 +133,9 @@ def export(
         try:
             manifest = export_via_optimum(source, out, precision, revision, force, prompt)
         except ImportError as error:
-            raise click.ClickException(f"--via optimum needs {error.name}: pip install '.[cpu,reference]' in ramekin's clone") from None
+            raise click.ClickException(
+                f"--via optimum needs {error.name}: pip install '.[cpu,reference]' in ramekin's clone"
+            ) from None
         except ValueError as error:
             if isinstance(error, RamekinError):
                 raise
@@ -141,7 +143,7 @@ def export(
     _tell(out, manifest)
 
 
-@click.command()
+@click.command(short_help="Turn optimum's float32 export into a model folder of ours.")
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 @click.argument("out", type=_Out(path_type=Path))
 @export_options
@@ -186,7 +188,7 @@ def against_reference(
         return against(model, source, revision, papers, threads, provider, advance)
 
 
-@click.command()
+@click.command(short_help="Export the small demo model and ask it about a paper.")
 @click.option("--precision", type=click.Choice(list(RECIPES)), default="int8", show_default=True)
 @click.option("-n", "n", type=click.IntRange(1, 1 << 16), default=8, show_default=True, help="Samples.")
 @click.option("--seed", type=click.IntRange(0, (1 << 64) - 1), default=7, show_default=True)

@@ -15,23 +15,25 @@ import click
 from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
 from ramekin.engine import Engine
-from ramekin.options import hush, open_engine, provider_option, threads_option
+from ramekin.options import hush, open_engine, provider_option
 from ramekin.provider import AUTO
-from ramekin.session import usable_cores
+from ramekin.session import MOST_THREADS, usable_cores
 from ramekin.terminal import progress
 
 _SHORT = Job(n=4, source=128, tokens=16)
 """What the number of threads is chosen by."""
 
 
-@click.command()
+@click.command(short_help="Time a model on this machine.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-n", "ns", type=click.IntRange(1, 1024), multiple=True, help="Samples; may be repeated.  [default: 1, 4, 16]")
 @click.option("--source", type=click.IntRange(1, 1 << 15), default=900, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", type=click.IntRange(2, 1 << 12), default=100, show_default=True, help="Tokens of each sample.")
 @click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True, help="Runs; the medians are shown.")
 @click.option("--json", "as_json", is_flag=True, help="All figures as one JSON object.")
-@threads_option
+@click.option(
+    "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads that compute.  [default: the fastest of 1, 2, 4 ...]"
+)
 @provider_option
 def bench(
     model: Path,

@@ -102,7 +102,7 @@ class Engine:
         return cls(model, tokenizer, manifest, provider, reason)
 
     def params(self, **values: Any) -> SamplingParams:
-        """Sampling parameters: these values, where not given those of the model, where it has none the usual ones."""
+        """Sampling parameters: these values, and for all others the model's own, or else the usual ones."""
         known = SamplingParams.known(self.manifest.generation)
         longest = values.get("max_new_tokens")
         if isinstance(longest, Integral) and "min_new_tokens" in known:  # the caller's limit goes before the model's wish

@@ -67,7 +67,7 @@ def info(model: Path, as_json: bool) -> None:
         click.echo(line)
 
 
-@click.command()
+@click.command(short_help="Check that a model folder is intact, and predicts what it should.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--reference", metavar="CHECKPOINT", help="Compare predictions with this checkpoint's in float32.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")

@@ -55,7 +55,7 @@ def model_options(command: Command) -> Command:
             click.option(
                 "--max-source-tokens",
                 type=click.IntRange(1, MOST_SOURCE_TOKENS),
-                help="Longest prompt.  [default: the model's]",
+                help="Longest prompt.  [default: the model's, 1024 as a rule]",
             ),
             click.option(
                 "--on-long",
@@ -75,7 +75,9 @@ def sampling_options(command: Command) -> Command:
     shown = SamplingParams()
     for option in reversed(
         [
-            click.option("-n", "n", type=int, help="Samples for each prompt.  [default: 1, for questions 16]"),
+            click.option(
+                "-n", "n", type=int, help="Samples for each prompt.  [default: 1; of questions 16, or 1 if greedy]"
+            ),
             click.option("--seed", type=int, help="The same seed gives the same samples.  [default: a new one]"),
             click.option(
                 "--max-new-tokens", type=int, help=f"Longest sample.  [default: the model's, else {shown.max_new_tokens}]"
@@ -91,7 +93,9 @@ def sampling_options(command: Command) -> Command:
                 "--top-p", type=float, help=f"Draw from this much probability.  [default: the model's, else {shown.top_p}]"
             ),
             click.option("--min-p", type=float, help="Draw only what has this share of the most likely one's probability."),
-            click.option("--repetition-penalty", type=float, help="Makes tokens that were used less likely, if above 1."),
+            click.option(
+                "--repetition-penalty", type=float, help="Above 1: makes tokens that the sample has already less likely."
+            ),
             click.option("--no-repeat-ngram-size", type=int, help="No n-gram of this size twice."),
             click.option("--greedy", is_flag=True, default=None, help="Always the most likely token."),
             click.option("--stop", multiple=True, help="End a sample at this text; may be given several times."),

@@ -271,8 +271,8 @@ class QAPair:
     def parse(cls, text: str, cut: bool = False) -> QAPair:
         """Read `question [SEP] answer`.
 
-        Nothing is refused: of two separators the first one counts and the answer ends at the second; without any, all
-        is question or, if it does not end with a question mark, all is answer.
+        Nothing is refused: the question ends at the first separator, the answer at the second, if there is one; without any,
+        all is question or, if it does not end with a question mark, all is answer.
 
         Args:
             text: what the model wrote; `<n>` counts as a blank, as on the model card.

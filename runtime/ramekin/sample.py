@@ -39,7 +39,7 @@ class Completion:
         token_ids: its tokens, the eos that ended it included.
         logprobs: for each token its log-probability under the model, before temperature and all other rules.
         finish_reason: "eos", "length" (cut at `max_new_tokens`) or "stop".
-        seed: with this seed and the same parameters the sample can be had again.
+        seed: the same prompt, parameters and seed give this sample again.
     """
 
     index: int

@@ -20,7 +20,7 @@ from ramekin.sampling import SamplingParams
 from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say, whole, write
 
 
-@click.command()
+@click.command(short_help="Continue prompts.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("file", type=click.Path(path_type=Path), default="-")
 @sampling_options
@@ -87,7 +87,7 @@ def _completion_json(completion: Completion) -> dict[str, Any]:
     }
 
 
-@click.command()
+@click.command(short_help="Ask and answer questions about papers.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("paper", type=click.Path(path_type=Path))
 @sampling_options

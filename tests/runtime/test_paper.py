@@ -47,8 +47,8 @@ EXPECTED = Paper("A Title", "We propose. It works.", "Much has been said.")
         "## 2 Related Work\nNo.",
         "A Title\nAbstract: We propose. It works.\n1 Introduction\nMuch has been said.\n2 Method\nNo.",
         "A Title\n**Abstract**\nWe propose. It works.\nI. INTRODUCTION\nMuch has been said.\nII. Method\nNo.",
-        "A Title\n=======\n\nAbstract\n~~~~~~~~\n\nWe propose. It works.\n\nIntroduction\n~~~~~~~~~~~~\nMuch has been said.\n\n"
-        "Related Work\n~~~~~~~~~~~~\nNo.",
+        "A Title\n=======\n\nAbstract\n~~~~~~~~\n\nWe propose. It works.\n\nIntroduction\n~~~~~~~~~~~~\nMuch has"
+        " been said.\n\nRelated Work\n~~~~~~~~~~~~\nNo.",
         "A Title\nABSTRACT \u2014 We propose. It works.\r\nINTRODUCTION\r\nMuch has been said.",
     ],
 )
