@@ -96,10 +96,11 @@ class Work:
 
 def _bytes(manifest: Manifest, part: str) -> int:
     """What the weights take that a prompt (encoder) or a step (decoder) reads."""
-    if manifest.layout != "optimum":
-        return manifest.files[f"{part}.bin"].bytes
-    later = [name for name in manifest.files if name.startswith(f"{part}_with_past")]
-    names = later or [name for name in manifest.files if name.startswith(f"{part}_")]
+    if manifest.layout == "optimum":
+        later = [name for name in manifest.files if name.startswith(f"{part}_with_past")]
+        names = later or [name for name in manifest.files if name.startswith(f"{part}_")]
+    else:
+        names = [name for name in manifest.files if name.startswith(part) and name.endswith(".bin")]
     return sum(manifest.files[name].bytes for name in names)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ramekin.optimum_folder import OptimumFolder
 from ramekin.options import open_engine, provider_option, threads_option
 from ramekin.provider import AUTO
 from ramekin.quality import check, table
-from ramekin.terminal import json_line, printable
+from ramekin.terminal import json_text, printable
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -32,7 +33,7 @@ def info(model: Path, as_json: bool) -> None:
     """Tell what a MODEL folder holds and where it came from."""
     manifest = manifest_of(model)
     if as_json:
-        click.echo(manifest.to_json(), nl=False)
+        click.echo(json_text(asdict(manifest), indent=2))
         return
     dims = manifest.dims
     size = sum(record.bytes for record in manifest.files.values())
@@ -116,7 +117,7 @@ def verify(
         ) from None
     quality = against(model, reference, revision, papers, threads, provider or AUTO)
     if as_json:
-        click.echo(json_line(quality))
+        click.echo(json_text(quality))
     else:
         for line in table(quality):
             click.echo(line)

@@ -33,7 +33,7 @@ def hush() -> None:
 
     Version 1.31 warns, whenever CUDA is used, of a plugin that is not needed.
     """
-    with suppress(ImportError):  # told where it is needed
+    with suppress(ImportError, AttributeError):  # missing, or not whole: told where it is needed
         importlib.import_module("onnxruntime").set_default_logger_severity(3)
 
 

@@ -17,7 +17,7 @@ from ramekin.options import model_options, open_engine, sampling_options
 from ramekin.paper import SEPARATOR, Paper, QAPair, build_prompt
 from ramekin.sample import Completion, Token
 from ramekin.sampling import SamplingParams
-from ramekin.terminal import Item, is_terminal, json_line, progress_in_groups, say, whole, write
+from ramekin.terminal import Item, is_terminal, json_text, progress_in_groups, say, whole, write
 
 
 @click.command(short_help="Continue prompts.")
@@ -62,7 +62,7 @@ def generate(
     def tell(prompt: str, samples: list[Completion]) -> None:
         if as_json:
             rows = [_completion_json(completion) for completion in samples]
-            write(json_line({"prompt": prompt, "samples": rows, **_interrupted(samples, params.n)}))
+            write(json_text({"prompt": prompt, "samples": rows, **_interrupted(samples, params.n)}))
         elif stream and params.n == 1:
             write()
         elif not stream:
@@ -129,7 +129,7 @@ def questions(
                 {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
                 for pair, sample in zip(pairs, samples, strict=True)
             ]
-            write(json_line({"title": each.title, "pairs": rows, **_interrupted(samples, params.n)}))
+            write(json_text({"title": each.title, "pairs": rows, **_interrupted(samples, params.n)}))
             return
         if len(papers) > 1:
             write(f"# {each.title}\n")

@@ -87,6 +87,6 @@ def _write_all(stream: TextIOWrapper, text: str) -> None:
         rest = rest[raw.write(rest) or 0 :]
 
 
-def json_line(value: object) -> str:
-    """JSON on one line: with every letter as it is where stdout is UTF-8, escaped where it would be lost or spoilt."""
-    return json.dumps(value, ensure_ascii="utf" not in (getattr(sys.stdout, "encoding", None) or "").lower())
+def json_text(value: object, indent: int | None = None) -> str:
+    """JSON, on one line unless indented: letters as they are where stdout is UTF-8, escaped where they would be spoilt."""
+    return json.dumps(value, indent=indent, ensure_ascii="utf" not in (getattr(sys.stdout, "encoding", None) or "").lower())

@@ -86,6 +86,13 @@ def test_the_least_work_of_other_graphs(engine: Engine) -> None:
         assert (work.prefill_s(rates) > 2 * 900 * 24 * 4 * 1024 * 1024) == computing
 
 
+def test_weights_in_files_with_names_of_their_own(engine: Engine) -> None:
+    """As in a folder from elsewhere: what cannot be told apart counts as nothing."""
+    files = {name.replace(".bin", ".weights"): record for name, record in engine.manifest.files.items()}
+    rates = Ceiling(bandwidth=1.0, int8=1e9, float32=1e9)
+    assert Work(replace(engine.manifest, files=files), 10, 1, 2).job_s(rates) > 0
+
+
 def test_the_ceiling_of_this_machine() -> None:
     ceiling = Ceiling.measure(threads=1)
     assert 1e8 < ceiling.bandwidth < 1e13

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 
 from ramekin import Completion, Engine, RamekinError
 from ramekin.cli import main
+from ramekin.manifest import MANIFEST, Manifest
 from ramekin.terminal import write
 from tests.runtime.conftest import CUDA_MODEL, TINY_MODEL
 from tests.runtime.test_bad_input import run
@@ -156,6 +158,16 @@ def test_letters_that_stdout_has_not(encoding: str, tmp_path: Path) -> None:
     assert done.returncode == 0
     shown = "utf-8" if encoding == "ascii" else encoding  # click takes ASCII for a setting that somebody forgot
     assert f"# {prompt}".encode(shown, "backslashreplace") in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8"])
+def test_a_manifest_with_letters_that_stdout_has_not(encoding: str, model_copy: Path) -> None:
+    prompt, environment = "na\u00efve {abstract} \U0001f600", {**os.environ, "PYTHONIOENCODING": encoding}
+    manifest = replace(Manifest.load(model_copy), prompt=prompt)
+    (model_copy / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    command = [sys.executable, "-m", "ramekin", "info", str(model_copy), "--json"]
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=60, check=True)
+    assert json.loads(done.stdout.decode("utf-8"))["prompt"] == prompt
 
 
 def test_generate_json_lines(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from ramekin import Engine, RuntimeVersionError
 from ramekin.errors import ModelFormatError, RamekinError
-from ramekin.manifest import VersionRange
-from ramekin.session import onnxruntime, usable_cores
+from ramekin.options import open_engine
+from ramekin.session import usable_cores
 from tests.runtime.conftest import TINY_MODEL
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -97,7 +97,7 @@ def test_a_package_of_which_only_the_folder_is_left(tmp_path: Path, monkeypatch:
     monkeypatch.delitem(sys.modules, "onnxruntime")
     monkeypatch.setattr("sys.path", [str(tmp_path)])
     with pytest.raises(RuntimeVersionError, match="onnxruntime is not whole"):
-        onnxruntime(VersionRange())
+        open_engine(TINY_MODEL, provider=None, threads=None)
 
 
 def test_a_command_calls_nobody_and_a_library_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
