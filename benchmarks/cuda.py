@@ -177,8 +177,7 @@ class Suite:
         precision, job = self.precisions[0], self._job
         manifest = Manifest.load(self._folder / precision)
         dims, wide = manifest.dims, 4 if precision == "fp32-cuda" else 2
-        inner = dims.num_heads * dims.head_dim
-        cached = 2 * dims.decoder_layers * inner * wide * (job.source + job.n * job.tokens // 2)
+        cached = 2 * dims.decoder_layers * dims.inner * wide * (job.source + job.n * job.tokens // 2)
         needed = manifest.files["decoder.bin"].bytes + cached
         return {"bandwidth": bandwidth, "bytes": needed}
 

@@ -219,7 +219,7 @@ def _attention(g: GraphBuilder, dims: Dims, units: Units, i: int, query: str) ->
     )
     mixed = g.node("Mul", [mixed, largest], f"{at}.mixed")
     by_sample = g.node("Transpose", [mixed], f"{at}.by_sample", perm=[1, 0, 2])
-    flat = g.node("Reshape", [by_sample, g.constant("unfold", [-1, 1, dims.num_heads * dims.head_dim])], f"{at}.flat")
+    flat = g.node("Reshape", [by_sample, g.constant("unfold", [-1, 1, dims.inner])], f"{at}.flat")
     g.node("Add", [flat, g.constant(f"{at}.means", units.means[i].reshape(-1), np.float32)], f"{at}.heads")
 
 

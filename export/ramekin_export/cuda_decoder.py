@@ -43,20 +43,19 @@ def build_cuda_decoder(
     in the host's memory.
     """
     g, dims = GraphBuilder("decoder", weights, OPSET), config.dims
-    inner = dims.num_heads * dims.head_dim
     ids = g.input(TOKEN_IDS, np.int64, ["rows", 1])
     filled = g.input(PAST_LENGTHS, np.int64, ["rows"])
     distances = g.input(DISTANCES, np.int64, ["capacity"])
     source_lengths = cast(g, g.input(SOURCE_LENGTHS, np.int64, ["prompts"]), INT32, "decoder.source_lengths")
     unfolded = g.input(UNFOLDED, np.int64, [3])
     top_k = g.input(TOP_K, np.int64, [1])
-    cache: Shape = ["rows", "capacity", inner]
+    cache: Shape = ["rows", "capacity", dims.inner]
     past = [g.input(name, form.products, cache) for name in past_names(dims.decoder_layers)]
-    cross = [g.input(name, form.products, ["prompts", "source", inner]) for name in cross_names(dims.decoder_layers)]
+    cross = [g.input(name, form.products, ["prompts", "source", dims.inner]) for name in cross_names(dims.decoder_layers)]
     present = present_names(dims.decoder_layers)
     bias = _bias(g, c, config, form, distances)
     lengths = cast(g, g.node("Add", [filled, g.constant("one", 1)], "decoder.filled"), INT32, "decoder.lengths")
-    folded = g.constant("folded", [-1, 1, inner])
+    folded = g.constant("folded", [-1, 1, dims.inner])
 
     stack = Stack(g, c, config, form, g.node("Gather", [g.tensor(embedding), ids], "decoder.embedded"))
     for i in range(dims.decoder_layers):

@@ -39,7 +39,7 @@ def build_cuda_encoder(
         for projected in stack.inward(hidden, f"decoder.block.{i}.layer.1.EncDecAttention", "kv"):
             name = next(outputs)
             g.node("Identity", [projected], name)
-            g.output(name, form.products, ["prompts", "source", dims.num_heads * dims.head_dim])
+            g.output(name, form.products, ["prompts", "source", dims.inner])
     return g
 
 

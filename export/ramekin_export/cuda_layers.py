@@ -43,8 +43,8 @@ class Stack:
 
         `together`: in one product, which is then split. For few rows that takes less time, for thousands more.
         """
-        inner = self._config.dims.num_heads * self._config.dims.head_dim
-        weights = {name: self._c.tensor(f"{name}.weight", inner, self._config.dims.d_model) for name in names(at, parts)}
+        dims = self._config.dims
+        weights = {name: self._c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, parts)}
         if not together:
             return self._form.inward(self._g, normed, weights)
         for name, weight in weights.items():
@@ -60,8 +60,7 @@ class Stack:
 
     def outward(self, heads: str, at: str) -> None:
         """The output projection of an attention, which the next norm adds to the stream."""
-        inner = self._config.dims.num_heads * self._config.dims.head_dim
-        weight = self._c.tensor(f"{at}.o.weight", self._config.dims.d_model, inner)
+        weight = self._c.tensor(f"{at}.o.weight", self._config.dims.d_model, self._config.dims.inner)
         self._new = project(self._g, self._form.outward, heads, f"{at}.o", weight)
 
     def feed_forward(self, normed: str, at: str) -> None:

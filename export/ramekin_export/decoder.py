@@ -37,7 +37,6 @@ def build_decoder(
     top_k)`, `present_*`, which have to be bound to the memory of `past_*`. All rows are at the same step.
     """
     g, dims = GraphBuilder("decoder", weights), config.dims
-    inner = dims.num_heads * dims.head_dim
     ids = g.input(TOKEN_IDS, np.int64, ["n", 1])
     lengths = g.input(PAST_LENGTHS, np.int32, ["n"])
     top_k = g.input(TOP_K, np.int64, [1])
@@ -53,20 +52,20 @@ def build_decoder(
         at = self_attention_at(i)
         gain = c.tensor(f"{block}.layer.0.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.0.layer_norm", gain)
-        qkv = np.concatenate([c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "qkv")])
+        qkv = np.concatenate([c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, "qkv")])
         packed = project(g, recipe.decoder.inward, normed, f"{at}.qkv", qkv)
         # The present outputs are never left out: without them onnxruntime computes nonsense, silently.
         inputs = [packed, "", "", *past[pair], lengths, capacity, "", "", "", bias]
         heads = {"num_heads": dims.num_heads, "kv_num_heads": dims.num_heads, "scale": 1.0}
         own, *_ = g.nodes("GroupQueryAttention", inputs, f"{at}.heads", [f"{at}.heads", *present[pair]], **heads)
-        new = project(g, recipe.decoder.outward, own, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+        new = project(g, recipe.decoder.outward, own, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, dims.inner))
 
         at = cross_attention_at(i)
         gain = c.tensor(f"{block}.layer.1.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.1.layer_norm", gain)
-        query = project(g, recipe.decoder.inward, normed, f"{at}.q", c.tensor(f"{at}.q.weight", inner, dims.d_model))
+        query = project(g, recipe.decoder.inward, normed, f"{at}.q", c.tensor(f"{at}.q.weight", dims.inner, dims.d_model))
         shared = _cross_attention(g, config, query, cross[2 * i], cross[2 * i + 1], at)
-        new = project(g, recipe.decoder.outward, shared, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+        new = project(g, recipe.decoder.outward, shared, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, dims.inner))
 
         at = f"{block}.layer.2"
         gain = c.tensor(f"{at}.layer_norm.weight", dims.d_model)
@@ -110,7 +109,7 @@ def _cross_attention(g: GraphBuilder, config: T5Config, query: str, keys: str, v
     shares = g.node("Softmax", [scores], f"{at}.shares", axis=-1)
     mixed = g.node("FusedMatMul", [shares, values], f"{at}.mixed", transB=1)  # (1, heads, n, head_dim)
     by_sample = g.node("Transpose", [mixed], f"{at}.by_sample", perm=[0, 2, 1, 3])
-    return g.node("Reshape", [by_sample, g.constant("unfold", [-1, 1, dims.num_heads * dims.head_dim])], f"{at}.heads")
+    return g.node("Reshape", [by_sample, g.constant("unfold", [-1, 1, dims.inner])], f"{at}.heads")
 
 
 def _bias(g: GraphBuilder, c: Weights, config: T5Config, lengths: str, past: str) -> tuple[str, str]:

@@ -20,7 +20,6 @@ def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: Tenso
     one prompt, no padding.
     """
     g, dims = GraphBuilder("encoder", weights), config.dims
-    inner = dims.num_heads * dims.head_dim
     ids = g.input(INPUT_IDS, np.int64, [1, "source"])
     bias = _bias(g, c, config, ids)
     x, new = g.node("Gather", [g.tensor(embedding), ids], "encoder.embedded"), ""
@@ -30,10 +29,10 @@ def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: Tenso
         normed, x = add_and_norm(g, config, new, x, f"{attention}.layer_norm", gain)
 
         at = f"{attention}.SelfAttention"
-        qkv = {name: c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "qkv")}
+        qkv = {name: c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, "qkv")}
         q, k, v = recipe.encoder.inward(g, normed, qkv)
         heads = g.node("MultiHeadAttention", [q, k, v, "", "", bias], f"{at}.heads", num_heads=dims.num_heads, scale=1.0)
-        new = project(g, recipe.encoder.outward, heads, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, inner))
+        new = project(g, recipe.encoder.outward, heads, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, dims.inner))
 
         gain = c.tensor(f"{forward}.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{forward}.layer_norm", gain)
@@ -56,12 +55,11 @@ def _bias(g: GraphBuilder, c: Weights, config: T5Config, ids: str) -> str:
 def _cross(g: GraphBuilder, c: Weights, config: T5Config, recipe: Recipe, hidden: str) -> None:
     """Project the encoder's output for the cross-attention of every decoder layer: it is done once, not at each step."""
     dims = config.dims
-    inner = dims.num_heads * dims.head_dim
     split = g.constant("split_heads", [1, -1, dims.num_heads, dims.head_dim])
     outputs = iter(cross_shapes(dims, "source").items())
     for i in range(dims.decoder_layers):
         at = f"decoder.block.{i}.layer.1.EncDecAttention"
-        kv = {name: c.tensor(f"{name}.weight", inner, dims.d_model) for name in names(at, "kv")}
+        kv = {name: c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, "kv")}
         for projected, order in zip(recipe.encoder.inward(g, hidden, kv), ([0, 2, 1, 3], [0, 2, 3, 1]), strict=True):
             rows = g.node("Reshape", [projected, split], f"{projected}.heads")
             output, shape = next(outputs)

@@ -50,7 +50,7 @@ class Folded:
         """What the rows of a projection are multiplied by, and the columns of its reader divided by."""
         if block not in self._scales:
             dims = self._config.dims
-            inner, reader = (dims.num_heads * dims.head_dim, "o") if writer == "v" else (dims.d_ff, "wo")
+            inner, reader = (dims.inner, "o") if writer == "v" else (dims.d_ff, "wo")
             written = np.linalg.norm(self._weights.tensor(f"{block}.{writer}.weight", inner, dims.d_model), axis=1)
             read = np.linalg.norm(self._weights.tensor(f"{block}.{reader}.weight", dims.d_model, inner), axis=0)
             dead = (written == 0) | (read == 0)

@@ -109,7 +109,7 @@ def save(folder: Path, manifest: Manifest) -> None:
 def _parameters(config: T5Config) -> int:
     """How many weights there are to write, norms and biases aside."""
     dims = config.dims
-    attention = 4 * dims.d_model * dims.num_heads * dims.head_dim
+    attention = 4 * dims.d_model * dims.inner
     forward = (3 if config.gated else 2) * dims.d_model * dims.d_ff
     layers = dims.encoder_layers * (attention + forward) + dims.decoder_layers * (2 * attention + forward)
     return 2 * dims.vocab_size * dims.d_model + layers

@@ -57,18 +57,19 @@ class Work:
 
     def prefill_s(self, ceiling: Ceiling) -> float:
         """Seconds for the encoder."""
-        dims, inner = self.manifest.dims, _inner(self.manifest.dims)
-        weights = dims.encoder_layers * (4 * dims.d_model * inner + self._forward(dims))
-        weights += dims.decoder_layers * 2 * dims.d_model * inner
-        attention = dims.encoder_layers * 4 * self.source**2 * inner
+        dims = self.manifest.dims
+        weights = dims.encoder_layers * (4 * dims.d_model * dims.inner + self._forward(dims))
+        weights += dims.decoder_layers * 2 * dims.d_model * dims.inner
+        attention = dims.encoder_layers * 4 * self.source**2 * dims.inner
         computing = 2 * weights * self.source / self._rate(ceiling) + attention / ceiling.float32
         return max(computing, _bytes(self.manifest, "encoder") / ceiling.bandwidth)
 
     def step_s(self, ceiling: Ceiling) -> float:
         """Seconds for a step in the middle of the job."""
-        dims, inner, position = self.manifest.dims, _inner(self.manifest.dims), self.tokens // 2
-        weights = dims.decoder_layers * (6 * dims.d_model * inner + self._forward(dims)) + dims.vocab_size * dims.d_model
-        attention = dims.decoder_layers * 4 * inner
+        dims, position = self.manifest.dims, self.tokens // 2
+        weights = dims.decoder_layers * (6 * dims.d_model * dims.inner + self._forward(dims))
+        weights += dims.vocab_size * dims.d_model
+        attention = dims.decoder_layers * 4 * dims.inner
         prompt = self.source * attention / (ceiling.int8 if self.manifest.compact else ceiling.float32)
         computing = self.n * (2 * weights / self._rate(ceiling) + prompt + position * attention / ceiling.float32)
         moved = _bytes(self.manifest, "decoder") + self.cached_bytes(position)
@@ -85,7 +86,7 @@ class Work:
     def cached_bytes(self, position: int) -> int:
         """Bytes of keys and values: the prompt's, once, and n samples' of `position` tokens."""
         dims, width = self.manifest.dims, 1 if self.manifest.compact else 4
-        return 2 * dims.decoder_layers * _inner(dims) * width * (self.source + self.n * position)
+        return 2 * dims.decoder_layers * dims.inner * width * (self.source + self.n * position)
 
     def _forward(self, dims: Dims) -> int:
         return (2 if self.manifest.variant == "t5-v1.0" else 3) * dims.d_model * dims.d_ff
@@ -102,10 +103,6 @@ def _bytes(manifest: Manifest, part: str) -> int:
     else:
         names = [name for name in manifest.files if name.startswith(part) and name.endswith(".bin")]
     return sum(manifest.files[name].bytes for name in names)
-
-
-def _inner(dims: Dims) -> int:
-    return dims.num_heads * dims.head_dim
 
 
 def _best(run: Callable[[], object], seconds: float = 0.5) -> float:

@@ -101,7 +101,7 @@ class CudaModel:
         self._ort, self._encoder, self._decoder, self._device = ort, encoder, decoder, device
         self._pool, self._lock, self._records = Pool(ort, device), RLock(), device == "cuda"
         self._recordings: dict[tuple[int, int], int] = {}
-        layers, inner = dims.decoder_layers, dims.num_heads * dims.head_dim
+        layers, inner = dims.decoder_layers, dims.inner
         prompt: Shapes = {SOURCE_LENGTHS: (None,)}
         cross: Shapes = dict.fromkeys(cross_names(layers), (None, None, inner))
         past: Shapes = dict.fromkeys(past_names(layers), (None, None, inner))
@@ -212,7 +212,7 @@ class CudaModel:
         """A binding of the decoder to the memory of `cache`, options to run it with, and what must live as long."""
         binding, layers, values = self._decoder.io_binding(), self.dims.decoder_layers, cache.memory.values
         host = {
-            UNFOLDED: np.array([cache.cross.prompts, -1, self.dims.num_heads * self.dims.head_dim], np.int64),
+            UNFOLDED: np.array([cache.cross.prompts, -1, self.dims.inner], np.int64),
             TOP_K: np.array([values[TOP_IDS].shape()[1]], np.int64),
         }
         kept = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in host.items()}

@@ -54,15 +54,13 @@ class Plan:
     @classmethod
     def of_prompts(cls, dims: Dims, floats: int, prompts: int, source: int) -> Plan:
         """What is kept of prompts of `source` tokens, padding included: cross-attention keys and values, and the lengths."""
-        inner = dims.num_heads * dims.head_dim
-        cross = [(name, (prompts, source, inner), floats) for name in cross_names(dims.decoder_layers)]
+        cross = [(name, (prompts, source, dims.inner), floats) for name in cross_names(dims.decoder_layers)]
         return cls(((SOURCE_LENGTHS, (prompts,), INT64), *cross))
 
     @classmethod
     def of_samples(cls, dims: Dims, floats: int, rows: int, capacity: int, candidates: int) -> Plan:
         """What `rows` samples need: caches of `capacity` tokens, what is fed at a step, and what comes out."""
-        inner = dims.num_heads * dims.head_dim
-        past = [(name, (rows, capacity, inner), floats) for name in past_names(dims.decoder_layers)]
+        past = [(name, (rows, capacity, dims.inner), floats) for name in past_names(dims.decoder_layers)]
         fed = [(TOKEN_IDS, (rows, 1), INT64), (PAST_LENGTHS, (rows,), INT64), (DISTANCES, (capacity,), INT64)]
         ranked = [(name, (rows, candidates), FLOAT32) for name in (TOP_VALUES, TOP_LOGPROBS)]
         return cls((*fed, (LOGITS, (rows, dims.vocab_size), FLOAT32), *ranked, (TOP_IDS, (rows, candidates), INT64), *past))

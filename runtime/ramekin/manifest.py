@@ -53,6 +53,11 @@ class Dims:
             if each.name.endswith("_layers") and value > _MOST_LAYERS:  # each has names of its own
                 raise ModelFormatError(f"dims.{each.name} must be at most {_MOST_LAYERS}, not {value}")
 
+    @property
+    def inner(self) -> int:
+        """Width of queries, keys and values, all heads side by side; not always `d_model`."""
+        return self.num_heads * self.head_dim
+
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:

@@ -190,7 +190,7 @@ def test_every_weight_key_and_value_is_read_by_one_kernel(
 
     manifest = Manifest.load(folder)
     dims, width = manifest.dims, 1 if reads_compact(onnxruntime, manifest) else 4
-    inner, d_model = dims.num_heads * dims.head_dim, dims.d_model
+    inner, d_model = dims.inner, dims.d_model
     encoder, decoder = ({each["name"]: each for each in found["graphs"][part]["kernels"]} for part in ("encoder", "decoder"))
     attention, prompt, own = "attention to own tokens", "attention to the prompt", "attention to own tokens"
     layer = {"q, k, v": 3 * d_model * inner, "o": d_model * inner, "wi": 2 * d_model * dims.d_ff, "wo": d_model * dims.d_ff}
