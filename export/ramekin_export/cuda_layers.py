@@ -13,8 +13,8 @@ import numpy as np
 from ramekin_export.config import ACTIVATIONS, T5Config
 from ramekin_export.formats import Format, narrowed
 from ramekin_export.graph import GraphBuilder
-from ramekin_export.recipe import names, project
-from ramekin_export.weights import Weights
+from ramekin_export.recipe import project
+from ramekin_export.weights import Weights, projections
 
 OPSET = 24  # the first with TensorScatter
 
@@ -43,8 +43,7 @@ class Stack:
 
         `together`: in one product, which is then split. For few rows that takes less time, for thousands more.
         """
-        dims = self._config.dims
-        weights = {name: self._c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, parts)}
+        weights = projections(self._c, self._config.dims, at, parts)
         if not together:
             return self._form.inward(self._g, normed, weights)
         for name, weight in weights.items():

@@ -20,8 +20,8 @@ from ramekin_export.config import T5Config
 from ramekin_export.graph import GraphBuilder, Shape, WeightFile
 from ramekin_export.head import Head
 from ramekin_export.layers import add_and_norm, decoder_bias_table, feed_forward
-from ramekin_export.recipe import Recipe, names, project
-from ramekin_export.weights import Weights
+from ramekin_export.recipe import Recipe, project
+from ramekin_export.weights import Weights, projections
 
 CROSS_ATTENTION = "folded", "rows", "scores", "shares", "mixed", "by_sample", "heads"
 """The values between a layer's queries to the prompt and what it makes of them, in their order."""
@@ -52,7 +52,7 @@ def build_decoder(
         at = self_attention_at(i)
         gain = c.tensor(f"{block}.layer.0.layer_norm.weight", dims.d_model)
         normed, x = add_and_norm(g, config, new, x, f"{block}.layer.0.layer_norm", gain)
-        qkv = np.concatenate([c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, "qkv")])
+        qkv = np.concatenate(list(projections(c, dims, at, "qkv").values()))
         packed = project(g, recipe.decoder.inward, normed, f"{at}.qkv", qkv)
         # The present outputs are never left out: without them onnxruntime computes nonsense, silently.
         inputs = [packed, "", "", *past[pair], lengths, capacity, "", "", "", bias]

@@ -9,8 +9,8 @@ from ramekin.tensors import INPUT_IDS, cross_shapes
 from ramekin_export.config import T5Config
 from ramekin_export.graph import GraphBuilder, WeightFile
 from ramekin_export.layers import add_and_norm, encoder_bias, encoder_bias_table, feed_forward
-from ramekin_export.recipe import Recipe, names, project
-from ramekin_export.weights import Weights
+from ramekin_export.recipe import Recipe, project
+from ramekin_export.weights import Weights, projections
 
 
 def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: TensorProto, weights: WeightFile) -> GraphBuilder:
@@ -29,8 +29,7 @@ def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: Tenso
         normed, x = add_and_norm(g, config, new, x, f"{attention}.layer_norm", gain)
 
         at = f"{attention}.SelfAttention"
-        qkv = {name: c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, "qkv")}
-        q, k, v = recipe.encoder.inward(g, normed, qkv)
+        q, k, v = recipe.encoder.inward(g, normed, projections(c, dims, at, "qkv"))
         heads = g.node("MultiHeadAttention", [q, k, v, "", "", bias], f"{at}.heads", num_heads=dims.num_heads, scale=1.0)
         new = project(g, recipe.encoder.outward, heads, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, dims.inner))
 
@@ -58,8 +57,7 @@ def _cross(g: GraphBuilder, c: Weights, config: T5Config, recipe: Recipe, hidden
     split = g.constant("split_heads", [1, -1, dims.num_heads, dims.head_dim])
     outputs = iter(cross_shapes(dims, "source").items())
     for i in range(dims.decoder_layers):
-        at = f"decoder.block.{i}.layer.1.EncDecAttention"
-        kv = {name: c.tensor(f"{name}.weight", dims.inner, dims.d_model) for name in names(at, "kv")}
+        kv = projections(c, dims, f"decoder.block.{i}.layer.1.EncDecAttention", "kv")
         for projected, order in zip(recipe.encoder.inward(g, hidden, kv), ([0, 2, 1, 3], [0, 2, 3, 1]), strict=True):
             rows = g.node("Reshape", [projected, split], f"{projected}.heads")
             output, shape = next(outputs)

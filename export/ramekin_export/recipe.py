@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -246,8 +246,3 @@ RECIPES: dict[str, Recipe] = {
 def project(g: GraphBuilder, linear: Linear, x: str, name: str, weight: Floats) -> str:
     """One projection."""
     return linear(g, x, {name: weight})[0]
-
-
-def names(at: str, parts: Sequence[str]) -> list[str]:
-    """`at.part` for each part."""
-    return [f"{at}.{part}" for part in parts]

@@ -8,6 +8,7 @@ import numpy as np
 
 from ramekin.cache import Floats
 from ramekin.errors import CheckpointError
+from ramekin.manifest import Dims
 
 
 class Weights(Protocol):
@@ -18,6 +19,11 @@ class Weights(Protocol):
 
     def __contains__(self, name: str) -> bool:
         """Whether there is such a tensor."""
+
+
+def projections(c: Weights, dims: Dims, at: str, parts: str) -> dict[str, Floats]:
+    """The weights `(inner, d_model)` of an attention's projections `parts` ("q", "kv", "qkv"), by the projections' names."""
+    return {f"{at}.{part}": c.tensor(f"{at}.{part}.weight", dims.inner, dims.d_model) for part in parts}
 
 
 class Finite:
