@@ -13,7 +13,7 @@ import click
 
 from ramekin.errors import RamekinError
 from ramekin.manifest import DEFAULT_PROMPT, Manifest
-from ramekin.options import Command, hush
+from ramekin.options import hush, options
 from ramekin.paper import check_prompt
 from ramekin.quality import table
 from ramekin.sample_cli import questions
@@ -56,37 +56,30 @@ def progress_bars() -> Iterator[Progress]:
         yield advance if is_terminal(sys.stderr) else lambda _stage, _done, _total: None
 
 
-def export_options(command: Command) -> Command:
-    """What `export` and `convert` have in common."""
-    for option in reversed(
-        [
-            click.option(
-                "--precision",
-                type=click.Choice([*RECIPES, *FORMATS]),
-                default="int8",
-                show_default=True,
-                help="For the CPU fp32, int8 or int4; for CUDA bf16, fp16 (before Ampere) or fp32-cuda.",
-            ),
-            click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]"),
-            click.option("--force", is_flag=True, help="Replace OUT if it is there."),
-            click.option(
-                "--calibrate",
-                type=_PAPERS,
-                help="Up to 32 papers: int4 weights are rounded, int8 caches scaled for them.  [default: an invented one]",
-            ),
-            click.option(
-                "--papers", type=_PAPERS, help="Up to 32 papers to judge the model on.  [default: another invented one]"
-            ),
-            click.option(
-                "--verify/--no-verify",
-                default=True,
-                help="Compare with float32: minutes for a large model.  [default: yes]",
-            ),
-            click.option("--allow-quality-loss", is_flag=True, help="Keep a model that is too far from float32."),
-        ]
-    ):
-        command = option(command)
-    return command
+export_options = options(
+    click.option(
+        "--precision",
+        type=click.Choice([*RECIPES, *FORMATS]),
+        default="int8",
+        show_default=True,
+        help="For the CPU fp32, int8 or int4; for CUDA bf16, fp16 (before Ampere) or fp32-cuda.",
+    ),
+    click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]"),
+    click.option("--force", is_flag=True, help="Replace OUT if it is there."),
+    click.option(
+        "--calibrate",
+        type=_PAPERS,
+        help="Up to 32 papers: int4 weights are rounded, int8 caches scaled for them.  [default: an invented one]",
+    ),
+    click.option("--papers", type=_PAPERS, help="Up to 32 papers to judge the model on.  [default: another invented one]"),
+    click.option(
+        "--verify/--no-verify",
+        default=True,
+        help="Compare with float32: minutes for a large model.  [default: yes]",
+    ),
+    click.option("--allow-quality-loss", is_flag=True, help="Keep a model that is too far from float32."),
+)
+"""What `export` and `convert` have in common."""
 
 
 @click.command(short_help="Turn a T5 checkpoint into a model folder.")

@@ -18,6 +18,18 @@ from ramekin.terminal import say
 
 Command = Callable[..., None]
 
+
+def options(*several: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order in which the help tells of them."""
+
+    def add(command: Command) -> Command:
+        for option in reversed(several):
+            command = option(command)
+        return command
+
+    return add
+
+
 threads_option = click.option(
     "--threads", type=click.IntRange(1, MOST_THREADS), help="Threads that compute.  [default: the usable cores]"
 )
@@ -26,6 +38,49 @@ provider_option = click.option(
     type=click.Choice([AUTO, *PROVIDERS]),
     help="Where to compute.  [default: cuda if the model is made for it and it works here, else cpu]",
 )
+model_options = options(
+    threads_option,
+    provider_option,
+    click.option(
+        "--max-source-tokens",
+        type=click.IntRange(1, MOST_SOURCE_TOKENS),
+        help="Longest prompt.  [default: the model's, 1024 as a rule]",
+    ),
+    click.option(
+        "--on-long",
+        type=click.Choice(["truncate", "error"]),
+        default="truncate",
+        show_default=True,
+        help="What to do with a longer prompt.",
+    ),
+)
+"""How a model is loaded."""
+
+sampling_options = options(
+    click.option("-n", "n", type=int, help="Samples for each prompt.  [default: 1; of questions 16, or 1 if greedy]"),
+    click.option("--seed", type=int, help="The same seed gives the same samples.  [default: a new one]"),
+    click.option(
+        "--max-new-tokens", type=int, help=f"Longest sample.  [default: the model's, else {SamplingParams.max_new_tokens}]"
+    ),
+    click.option("--min-new-tokens", type=int, help="Shortest sample."),
+    click.option(
+        "--temperature", type=float, help=f"Divides the logits.  [default: the model's, else {SamplingParams.temperature}]"
+    ),
+    click.option(
+        "--top-k",
+        type=int,
+        help=f"Draw from the k most likely; 0: all.  [default: the model's, else {SamplingParams.top_k}]",
+    ),
+    click.option(
+        "--top-p", type=float, help=f"Draw from this much probability.  [default: the model's, else {SamplingParams.top_p}]"
+    ),
+    click.option("--min-p", type=float, help="Draw only what has this share of the most likely one's probability."),
+    click.option("--repetition-penalty", type=float, help="Above 1: makes tokens that the sample has already less likely."),
+    click.option("--no-repeat-ngram-size", type=int, help="No n-gram of this size twice."),
+    click.option("--greedy", is_flag=True, default=None, help="Always the most likely token."),
+    click.option("--stop", multiple=True, help="End a sample at this text; may be given several times."),
+)
+"""One for each sampling parameter; one that is not given is the model's, or else the usual one."""
 
 
 def hush() -> None:
@@ -44,62 +99,3 @@ def open_engine(model: Path, provider: str | None, threads: int | None, max_sour
     if provider == AUTO or (provider is None and "cuda" in engine.manifest.providers):
         say(f"computing on {engine.provider}{engine.not_on_cuda and f': {engine.not_on_cuda}'}")
     return engine
-
-
-def model_options(command: Command) -> Command:
-    """How a model is loaded."""
-    for option in reversed(
-        [
-            threads_option,
-            provider_option,
-            click.option(
-                "--max-source-tokens",
-                type=click.IntRange(1, MOST_SOURCE_TOKENS),
-                help="Longest prompt.  [default: the model's, 1024 as a rule]",
-            ),
-            click.option(
-                "--on-long",
-                type=click.Choice(["truncate", "error"]),
-                default="truncate",
-                show_default=True,
-                help="What to do with a longer prompt.",
-            ),
-        ]
-    ):
-        command = option(command)
-    return command
-
-
-def sampling_options(command: Command) -> Command:
-    """One option for each sampling parameter; one that is not given is the model's, or else the usual one."""
-    shown = SamplingParams()
-    for option in reversed(
-        [
-            click.option(
-                "-n", "n", type=int, help="Samples for each prompt.  [default: 1; of questions 16, or 1 if greedy]"
-            ),
-            click.option("--seed", type=int, help="The same seed gives the same samples.  [default: a new one]"),
-            click.option(
-                "--max-new-tokens", type=int, help=f"Longest sample.  [default: the model's, else {shown.max_new_tokens}]"
-            ),
-            click.option("--min-new-tokens", type=int, help="Shortest sample."),
-            click.option(
-                "--temperature", type=float, help=f"Divides the logits.  [default: the model's, else {shown.temperature}]"
-            ),
-            click.option(
-                "--top-k", type=int, help=f"Draw from the k most likely; 0: all.  [default: the model's, else {shown.top_k}]"
-            ),
-            click.option(
-                "--top-p", type=float, help=f"Draw from this much probability.  [default: the model's, else {shown.top_p}]"
-            ),
-            click.option("--min-p", type=float, help="Draw only what has this share of the most likely one's probability."),
-            click.option(
-                "--repetition-penalty", type=float, help="Above 1: makes tokens that the sample has already less likely."
-            ),
-            click.option("--no-repeat-ngram-size", type=int, help="No n-gram of this size twice."),
-            click.option("--greedy", is_flag=True, default=None, help="Always the most likely token."),
-            click.option("--stop", multiple=True, help="End a sample at this text; may be given several times."),
-        ]
-    ):
-        command = option(command)
-    return command
