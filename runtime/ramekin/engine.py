@@ -84,8 +84,8 @@ class Engine:
             threads = check_integer("threads", threads, 1, MOST_THREADS)
         if max_source_tokens is not None:
             max_source_tokens = check_integer("max_source_tokens", max_source_tokens, 1, MOST_SOURCE_TOKENS)
-        folder, count = Path(folder), threads or usable_cores()
-        model, manifest, provider, reason = _open(folder, provider, count)
+        folder = Path(folder)
+        model, manifest, provider, reason = _open(folder, provider, threads or usable_cores())
         if max_source_tokens is not None:
             manifest = replace(manifest, max_source_tokens=max_source_tokens)
         tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
@@ -96,9 +96,6 @@ class Engine:
             SamplingParams(**SamplingParams.known(manifest.generation))
         except (TypeError, ValueError) as error:
             raise ModelFormatError(f"{folder / MANIFEST}: {error}; export the model again") from None
-        if not model:
-            kind = CudaModel if manifest.layout == "cuda" else Model
-            model = kind.load(folder, manifest, provider, count)
         return cls(model, tokenizer, manifest, provider, reason)
 
     def params(self, **values: Any) -> SamplingParams:
@@ -116,8 +113,7 @@ class Engine:
 
     def generate(self, source: Source, params: SamplingParams | None = None) -> list[Completion]:
         """All samples of one prompt, by index. See `stream` for the arguments."""
-        done = [event for event in self.stream(source, params) if isinstance(event, Completion)]
-        return sorted(done, key=lambda completion: completion.index)
+        return self.generate_many([source], params)[0]
 
     def stream(self, source: Source, params: SamplingParams | None = None) -> Iterator[Token | Completion]:
         """Generate samples of one prompt, telling each token and, after its last token, each finished sample.
@@ -134,8 +130,7 @@ class Engine:
             ValueError: token ids are outside the vocabulary, or there are none.
             TypeError: `params` are something else.
         """
-        prompt, params = self.source_ids(source), self._chosen(params)
-        return (event for _, event in self._run([prompt], params))
+        return (event for _, event in self.stream_many([source], params))
 
     def generate_many(self, sources: Iterable[Source], params: SamplingParams | None = None) -> list[list[Completion]]:
         """All samples of several prompts: for each prompt what `generate` gives, up to rounding (see `stream`)."""
@@ -256,8 +251,8 @@ def _depth() -> int:
     return depth
 
 
-def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Manifest, str, str]:
-    """A folder's manifest, where to compute and why not on CUDA; and, if its graphs are optimum's, the model.
+def _open(folder: Path, provider: str, threads: int) -> tuple[Steps, Manifest, str, str]:
+    """A folder's model and manifest, where it computes, and why not on CUDA.
 
     A folder without a manifest may be one of optimum's own.
     """
@@ -268,7 +263,9 @@ def _open(folder: Path, provider: str, threads: int) -> tuple[Steps | None, Mani
         manifest.check_files(folder)
         if manifest.layout != "optimum":
             ort = onnxruntime(manifest.onnxruntime)
-            return None, manifest, *choose_provider(ort, provider, manifest.providers, manifest.precision)
+            provider, reason = choose_provider(ort, provider, manifest.providers, manifest.precision)
+            kind = CudaModel if manifest.layout == "cuda" else Model
+            return kind.load(folder, manifest, provider, threads), manifest, provider, reason
         found = OptimumFolder.find(folder, manifest.files)
         if not found:
             raise ModelFormatError(f"{folder}: its manifest tells of optimum's graphs, but there are none; export it again")
