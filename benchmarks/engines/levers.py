@@ -57,7 +57,7 @@ class _Slow:
 
     def new_cache(self, cross: Cross, rows: int, capacity: int, candidates: int) -> Cache:
         if not self._shared:
-            cross = Cross({name: np.repeat(array, rows, axis=0) for name, array in cross.arrays.items()})
+            cross = {name: np.repeat(array, rows, axis=0) for name, array in cross.items()}
         cache: Cache = self._model.new_cache(cross, rows, capacity, candidates)
         return cache
 

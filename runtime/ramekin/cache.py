@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,19 +11,11 @@ import numpy.typing as npt
 from ramekin.manifest import Dims
 
 Floats = npt.NDArray[np.float32]
+Cross = Mapping[str, npt.NDArray[Any]]
+"""Cross-attention keys and values of one prompt by name, as the encoder gives them: see `cross_shapes` and `compact_shapes`.
 
-
-@dataclass(frozen=True)
-class Cross:
-    """Cross-attention keys and values of one prompt, as the encoder gives them.
-
-    All samples of the prompt share them: the decoder reads them once per step, however many samples there are.
-
-    Attributes:
-        arrays: by name, see `cross_shapes` and `compact_shapes`.
-    """
-
-    arrays: Mapping[str, npt.NDArray[Any]]
+All samples of the prompt share them: the decoder reads them once per step, however many samples there are.
+"""
 
 
 class Cache:

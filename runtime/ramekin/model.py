@@ -148,10 +148,10 @@ class Model:
         (source_ids,) = prompts
         ids = np.asarray(source_ids, np.int64).reshape(1, -1)
         shapes = self._crossed(ids.shape[1]).items()
-        cross = Cross({name: np.empty(shape, compact_type(name) if self.compact else "float32") for name, shape in shapes})
+        cross = {name: np.empty(shape, compact_type(name) if self.compact else "float32") for name, shape in shapes}
         binding = self._encoder.io_binding()
         binding.bind_ortvalue_input(INPUT_IDS, self._value(ids))
-        for name, array in cross.arrays.items():
+        for name, array in cross.items():
             binding.bind_ortvalue_output(name, self._value(array))
         options = self._ort.RunOptions()
         # The scratch memory of a long prompt (heads * S * S floats and more) goes back before decoding starts.
@@ -189,7 +189,7 @@ class Model:
             (TOKEN_IDS, self._value(cache.token_ids)),
             (PAST_LENGTHS, self._value(cache.past_lengths)),
             (TOP_K, self._value(np.array([cache.candidates], np.int64))),
-            *((name, self._value(array)) for name, array in cache.cross.arrays.items()),
+            *((name, self._value(array)) for name, array in cache.cross.items()),
             *zip(self._past, past, strict=True),
         ]
         outputs = [

@@ -139,11 +139,11 @@ def rounding(exact: Path, folder: Path, units: Units) -> Path:
 def read_back(cross: Cross) -> Cross:
     """What keys and values of a compact encoder stand for, as they were moved and stretched."""
     floats = {}
-    for name in [name for name in cross.arrays if not name.endswith(("_scale", "_zero"))]:
-        small, scale, zero = (cross.arrays[name + end] for end in ("", "_scale", "_zero"))
+    for name in [name for name in cross if not name.endswith(("_scale", "_zero"))]:
+        small, scale, zero = (cross[name + end] for end in ("", "_scale", "_zero"))
         exact = ((small.astype(np.float64) - zero) * scale).astype(np.float32)
         floats[name] = np.ascontiguousarray(exact.swapaxes(1, 2))[None]  # from either layout to that of floats
-    return Cross(floats)
+    return floats
 
 
 @pytest.fixture(scope="module")
@@ -198,13 +198,13 @@ def test_keys_and_values_are_within_half_a_unit(
     assert (model.compact, plain.compact) == (True, False)
     for source in (SOURCE, SOURCE[:1]):
         found, exact = model.prefill(source), plain.prefill(source)
-        for name, array in read_back(found).arrays.items():
+        for name, array in read_back(found).items():
             part, i = name.split("_")[1:]
             moved = (units.centres, units.factors) if part == "key" else (units.means, 1 / units.widths)
             centre, factor = (each[int(i)][None, :, None] for each in moved)
-            expected, got = (each if part == "key" else each.swapaxes(2, 3) for each in (exact.arrays[name], array))
+            expected, got = (each if part == "key" else each.swapaxes(2, 3) for each in (exact[name], array))
             stretched = (expected - centre) * factor
-            unit = found.arrays[f"{name}_scale"]
+            unit = found[f"{name}_scale"]
             if part == "value":
                 got, unit = got * factor, (unit * factor[0]).mean()  # without the widths
             assert np.abs(got - stretched).max() <= unit * (0.5 if precision == "fp32" else 0.51) + 1e-5
@@ -244,7 +244,7 @@ def test_leaving_samples_change_nothing(engines: Callable[..., tuple[Engine, Eng
         cache.keep([1, 3])
     for tokens in FED[1:]:
         agree(*(engine.step(tokens[:2], cache).full for engine, cache in zip((model, reference), caches, strict=True)))
-    kept = weakref.ref(cross.arrays["cross_key_0"])
+    kept = weakref.ref(cross["cross_key_0"])
     del cross, caches, cache
     assert kept() is None
 
@@ -404,7 +404,7 @@ def test_units_are_what_each_channel_reaches(checkpoint: Callable[[str], Path], 
             model.step([(engine.manifest.tokens.start, *sample.token_ids)[step] for sample in samples], cache)
         for found, array in zip(largest, cache.past, strict=True):
             np.maximum(found, np.abs(array).max(axis=(0, 2)), out=found)
-        prompt.append([a[0].swapaxes(1, 2) if i % 2 else a[0] for i, a in enumerate(cache.cross.arrays.values())])
+        prompt.append([a[0].swapaxes(1, 2) if i % 2 else a[0] for i, a in enumerate(cache.cross.values())])
     np.testing.assert_allclose(reach.own_keys, largest[::2], rtol=1e-5)
     np.testing.assert_allclose(reach.own_values, largest[1::2], rtol=1e-5)
     units = Units.of(reach)
@@ -436,7 +436,7 @@ def test_queries_reach_as_far_as_was_seen(checkpoint: Callable[[str], Path], tmp
         past = {name: np.zeros((8, 4, 48, 24), np.float32) for name in past_names(2)}
         for step in range(48):
             feed = {"token_ids": fed[:, [step]], "past_lengths": np.full(8, step, np.int32), "top_k": np.array([1])}
-            found = decoder.run([*present_names(2), *queries], {**feed, **past, **cross.arrays})
+            found = decoder.run([*present_names(2), *queries], {**feed, **past, **cross})
             past = dict(zip(past, found[:4], strict=True))
             for i, query in enumerate(found[4:]):
                 largest[i] = np.maximum(largest[i], np.abs(query.reshape(8, 4, 24)).max(axis=0))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ramekin.cache import Cache, Cross
+from ramekin.cache import Cache
 from ramekin.manifest import Dims
 
 DIMS = Dims(vocab_size=7, d_model=4, d_ff=4, num_heads=2, head_dim=3, encoder_layers=1, decoder_layers=2)
@@ -11,7 +11,7 @@ DIMS = Dims(vocab_size=7, d_model=4, d_ff=4, num_heads=2, head_dim=3, encoder_la
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3, 4], [0], [4], [1, 3], [2, 3, 4], [0, 1, 4]])
 def test_keep_moves_running_rows_to_the_front(rows: list[int]) -> None:
-    cache = Cache(DIMS, Cross({}), rows=5, capacity=6, candidates=2, stored=np.float32)
+    cache = Cache(DIMS, {}, rows=5, capacity=6, candidates=2, stored=np.float32)
     cache.length = 4
     for layer, array in enumerate(cache.past):
         array[:] = 100 * layer + np.arange(5)[:, None, None, None]
@@ -28,5 +28,5 @@ def test_keep_moves_running_rows_to_the_front(rows: list[int]) -> None:
 
 
 def test_keep_copies_one_row_for_each_that_leaves() -> None:
-    cache = Cache(DIMS, Cross({}), rows=5, capacity=6, candidates=2, stored=np.float32)
+    cache = Cache(DIMS, {}, rows=5, capacity=6, candidates=2, stored=np.float32)
     assert cache.keep([0, 2, 3, 4]) == [0, 4, 2, 3]
