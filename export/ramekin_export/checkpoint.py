@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ramekin.cache import Floats
-from ramekin.config_files import read_json
+from ramekin.config_files import CONFIG, GENERATION, read_if_there, read_json
 from ramekin.errors import CheckpointError
 from ramekin.manifest import Dims, FileRecord
 from ramekin.optimum_folder import OptimumFolder
@@ -44,16 +44,15 @@ class Checkpoint:
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
         self.folder = folder
         if (folder / _ADAPTER).is_file():
-            whole = (folder / "config.json").is_file()
+            whole = (folder / CONFIG).is_file()
             told = f"its {_ADAPTER} tells of weights to add" if whole else "an adapter without its model"
             raise CheckpointError(f"{folder}: {told}; {_MERGE}")
-        self.config = read_json(folder / "config.json")
+        self.config = read_json(folder / CONFIG)
         if "quantization_config" in self.config:
             raise CheckpointError(
                 f"{folder}: its weights are quantized already; export the checkpoint that they were made from"
             )
-        generation = folder / "generation_config.json"
-        self.generation = read_json(generation) if generation.is_file() else {}
+        self.generation = read_if_there(folder / GENERATION)
         self._readers, files = _open_weights(folder)
         self.source = {**source, "weights": files}
 

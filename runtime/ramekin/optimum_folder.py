@@ -24,7 +24,7 @@ from ramekin.config_files import (
     special_tokens,
     variant_of,
 )
-from ramekin.errors import CheckpointError, ModelFormatError, ModelNotFoundError
+from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import TOKENIZER, Dims, FileRecord, Manifest
 from ramekin.paper import valid_text
 
@@ -55,18 +55,15 @@ class OptimumFolder:
 
     @classmethod
     def find(cls, folder: Path, listed: Collection[str] | None = None) -> OptimumFolder | None:
-        """The parts; None if there is nothing of an optimum export in the folder.
+        """The parts; None if there is no such folder, or nothing of an optimum export in it.
 
         Args:
             folder: where to look.
             listed: names of the files that may be taken, where a manifest tells them.
 
         Raises:
-            ModelNotFoundError: there is no such folder.
             ModelFormatError: some of the graphs are missing; says which, and how to make them.
         """
-        if not folder.is_dir():
-            raise ModelNotFoundError(f"{folder}: no such model folder; `ramekin export CHECKPOINT {folder}` makes one")
         for place in (folder, folder / "onnx") if listed is None else (folder,):
             names = {path.name for path in place.iterdir() if path.is_file()} if place.is_dir() else set()
             files = frozenset(names if listed is None else names.intersection(listed))
