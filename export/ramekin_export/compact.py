@@ -25,10 +25,9 @@ SHARES = 127
 """The largest share of attention in units. Its products with values, two at a time, fit the 16 bits that processors without
 VNNI add them up in; 255 units change no divergence."""
 _LEAST = np.float32(1e-30)  # of a channel that is zero everywhere
-_NARROWEST = np.float32(
-    1e-3
-)  # channels of values that reach less far, next to the farthest of their layer, count as this far
-_EVENED = np.float32(1e-9)  # the same of queries and keys: one may be small because the other is large
+# Channels that reach less far, next to the farthest of their layer, count as this far: values, and queries and keys, of
+# which one may be small because the other is large.
+_NARROWEST, _EVENED = np.float32(1e-3), np.float32(1e-9)
 _SCALES = 12, 13  # the places of keys' and values' scales among the inputs of GroupQueryAttention
 _IN_INT8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8, "causal": 0}
 
@@ -138,11 +137,10 @@ def build_compact_encoder(g: GraphBuilder, nodes: list[NodeProto], dims: Dims, u
             g.nodes("DynamicQuantizeLinear", [x], small, [small, scale, zero])
         else:  # a uint8 less 128, as int8: the kernels for that are faster
             unsigned = [f"{small}.unsigned", f"{scale}.all", f"{zero}.unsigned"]
-            for plain, signed in zip(
-                g.nodes("DynamicQuantizeLinear", [x], small, unsigned)[::2], (small, zero), strict=True
-            ):
+            values, unit, middle = g.nodes("DynamicQuantizeLinear", [x], small, unsigned)
+            for plain, signed in ((values, small), (middle, zero)):
                 g.node("Cast", [g.node("BitwiseXor", [plain, flip], f"{signed}.flipped")], signed, to=TensorProto.INT8)
-            g.node("Mul", [unsigned[1], g.constant(f"{name}.widths", widths[:, None], np.float32)], scale)
+            g.node("Mul", [unit, g.constant(f"{name}.widths", widths[:, None], np.float32)], scale)
         rows = g.node("Reshape", [small, g.constant("rows", [-1, dims.num_heads, dims.head_dim])], f"{projected}.rows")
         g.node("Transpose", [rows], name, perm=[1, 2, 0] if widths is None else [1, 0, 2])
     assert not written
@@ -198,11 +196,8 @@ def build_compact_decoder(g: GraphBuilder, nodes: list[NodeProto], dims: Dims, u
 def _attention(g: GraphBuilder, dims: Dims, units: Units, i: int, query: str) -> None:
     """Attention of queries in units, `(n, 1, heads * head_dim)`, to the prompt: both products are of integers."""
     at, (keys, values) = cross_attention_at(i), cross_names(dims.decoder_layers)[2 * i : 2 * i + 2]
-    one, middle, zero = (
-        g.constant("one_float", 1, np.float32),
-        g.constant("middle", 128, np.uint8),
-        g.constant("none", 0, np.uint8),
-    )
+    one, middle = g.constant("one_float", 1, np.float32), g.constant("middle", 128, np.uint8)
+    zero = g.constant("none", 0, np.uint8)
     small = g.node("QuantizeLinear", [query, one, middle], f"{at}.units")
     folded = g.node("Reshape", [small, g.constant("rows", [-1, dims.num_heads, dims.head_dim])], f"{at}.folded")
     rows = g.node("Transpose", [folded], f"{at}.rows", perm=[1, 0, 2])  # (heads, n, head_dim)

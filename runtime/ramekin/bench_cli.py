@@ -70,10 +70,8 @@ def bench(
     for job in progress(jobs * repeat, "runs"):
         timings[job].append(run(engine, job))
         peaks.setdefault(job, peak_memory_mb())
-    rows, ceiling = (
-        [],
-        Ceiling.measure(threads) if engine.provider == "cpu" else None,
-    )  # last, since it needs memory of its own
+    ceiling = Ceiling.measure(threads) if engine.provider == "cpu" else None  # last, since it needs memory of its own
+    rows = []
     for job, runs in timings.items():
         times = [timing.job_s for timing in runs]
         median, least = Timing.median(runs), Work(engine.manifest, source, job.n, tokens)

@@ -126,7 +126,7 @@ class Pool:
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
         with device_errors(self._device, plan.bytes):
             values = {name: make(list(shape), kind, self._device, 0) for name, shape, kind in plan.tensors}
-            caches = [each for each in plan.tensors if each[0].startswith("past_") and each[2] != INT64]
+            caches = [each for each in plan.tensors if each[0].startswith(("past_key", "past_value"))]
             if caches:  # attention multiplies what it masks by 0, and fresh memory may hold NaN
                 _, shape, kind = caches[0]
                 zeros = np.zeros(shape, np.float32 if kind == FLOAT32 else np.float16)  # for all, since it may be large

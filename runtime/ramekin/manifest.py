@@ -140,7 +140,7 @@ class Manifest:
     """Everything that the runtime knows of a model besides its graphs. Written once by the export, never changed.
 
     Attributes:
-        layout: whose graphs they are: "ramekin", as described above, "cuda", ours for GPUs, or "optimum", as its exporter
+        layout: whose graphs they are: "ramekin", ours (see `tensors`), "cuda", ours for GPUs, or "optimum", as its exporter
             names them.
         providers: where the graphs can be computed, see `PROVIDERS`.
     """
