@@ -133,11 +133,9 @@ def against(
         known = ", ".join(PRECISIONS)
         raise ModelFormatError(f"{model}: precision {manifest.precision!r} is none of {known}; export it again")
     judged = checks.verification_papers()
-    checkpoint = Checkpoint.open(source, revision)
+    writer = Writer(Checkpoint.open(source, revision), manifest.prompt)
+    if writer.config.dims != manifest.dims:
+        raise VerificationError(f"{source}: another shape than {model} was exported from")
     with scratch(model.resolve()) as reference:
-        exact = Writer(checkpoint, manifest.prompt).write(
-            reference, "fp32", RECIPES["fp32"], partial(progress, "prepare verification")
-        )
-        if exact.dims != manifest.dims:
-            raise VerificationError(f"{source}: another shape than {model} was exported from")
+        writer.write(reference, "fp32", RECIPES["fp32"], partial(progress, "prepare verification"))
         return judge(reference, model, judged, checks.judged_on, partial(progress, "verify"), threads, provider)

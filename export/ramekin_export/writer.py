@@ -34,12 +34,16 @@ Progress = Callable[[int, int], None]
 
 
 class Writer:
-    """Writes an open checkpoint as model folders, in any recipe."""
+    """Writes an open checkpoint as model folders, in any recipe.
+
+    Attributes:
+        config: what its graphs depend on.
+    """
 
     def __init__(self, checkpoint: Checkpoint, prompt: str) -> None:
         self._checkpoint, self._prompt = checkpoint, prompt
-        self._config = T5Config.from_json(checkpoint.config)
-        checkpoint.check_names(self._config.dims)
+        self.config = T5Config.from_json(checkpoint.config)
+        checkpoint.check_names(self.config.dims)
 
     def write(self, folder: Path, precision: str, recipe: Recipe | Format, progress: Progress) -> Manifest:
         """Fill an empty folder: by a recipe with graphs for the CPU, in a number format with graphs for CUDA.
@@ -52,8 +56,8 @@ class Writer:
         self._write_graphs(folder, recipe, progress)
         layout = {"opset": OPSET} if isinstance(recipe, Recipe) else CUDA_LAYOUT | {"providers": recipe.providers}
         manifest = Manifest(
-            dims=self._config.dims,
-            variant=self._config.variant,
+            dims=self.config.dims,
+            variant=self.config.variant,
             tokens=tokens,
             precision=precision,
             recipe=recipe.describe(),
@@ -68,7 +72,7 @@ class Writer:
         return manifest
 
     def _write_graphs(self, folder: Path, recipe: Recipe | Format, progress: Progress) -> None:
-        config, dims, total = self._config, self._config.dims, _parameters(self._config)
+        config, dims, total = self.config, self.config.dims, _parameters(self.config)
         weights: Weights = self._checkpoint
         head = Head.of(self._checkpoint, config)
         stored = FLOAT32 if isinstance(recipe, Recipe) else recipe.stream
