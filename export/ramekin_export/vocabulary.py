@@ -137,6 +137,7 @@ def _difference(folder: Path, ours: Tokenizer, probes: Sequence[str]) -> str:
     for text in probes:
         expected, found = reference.encode(text).ids, ours.encode(text)
         if expected != found:
-            place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), -1)
-            return f"{text!r} gives {found[place:][:4]} at token {place % len(expected)}, not {expected[place:][:4]}"
+            differ = (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b)
+            place = next(differ, min(len(expected), len(found)))  # one is the other's beginning
+            return f"{text!r} gives {found[place:][:4]} at token {place}, not {expected[place:][:4]}"
     return ""

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
 from ramekin import CheckpointError, Paper, build_prompt
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer
 from ramekin_export.vocabulary import write_vocabulary
+from tests.export.conftest import SPIECE
 
 transformers = pytest.importorskip("transformers")
 
@@ -163,4 +165,18 @@ def test_two_tokenizers_that_disagree(shared_data: Path, tmp_path: Path) -> None
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no spiece.model and no tokenizer.json"):
+        load(tmp_path, tmp_path / "made.model")
+
+
+def test_a_tokenizer_json_that_ends_no_text(tmp_path: Path) -> None:
+    """Without a post-processor there is no eos: what differs is a token more."""
+    pieces = SentencePieceProcessor(model_file=str(SPIECE))
+    vocab = [[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(pieces.get_piece_size())]
+    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{"id": i, "content": pieces.id_to_piece(i), **special} for i in range(3)]
+    blanks = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    model = {"type": "Unigram", "unk_id": 2, "vocab": vocab, "byte_fallback": False}
+    raw = {"version": "1.0", "added_tokens": added, "pre_tokenizer": blanks, "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"gives \[1\] at token \d+, not \[\]"):
         load(tmp_path, tmp_path / "made.model")
