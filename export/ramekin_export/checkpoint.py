@@ -16,7 +16,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ramekin.cache import Floats
-from ramekin.config_files import CONFIG, GENERATION, read_if_there, read_json
+from ramekin.config_files import CONFIG, read_generation, read_json
 from ramekin.errors import CheckpointError
 from ramekin.manifest import Dims, FileRecord
 from ramekin.optimum_folder import OptimumFolder
@@ -38,7 +38,7 @@ class Checkpoint:
         folder: where it lies.
         source: what the manifest tells of its origin.
         config: the raw `config.json`.
-        generation: the raw `generation_config.json`, empty if there is none.
+        generation: how it is meant to generate, as its files say.
     """
 
     def __init__(self, folder: Path, source: Mapping[str, Any]) -> None:
@@ -52,7 +52,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{folder}: its weights are quantized already; export the checkpoint that they were made from"
             )
-        self.generation = read_if_there(folder / GENERATION)
+        self.generation = read_generation(folder, self.config)
         self._readers, files = _open_weights(folder)
         self.source = {**source, "weights": files}
 
@@ -100,8 +100,11 @@ class Checkpoint:
         Raises:
             CheckpointError: it is missing, has another shape, or holds numbers that are not finite.
         """
-        if name == "shared.weight":  # every name of the embedding is the same tensor; files may hold any of them
-            name = next((each for each in _EMBEDDING_NAMES if each in self._readers), name)
+        if name == "shared.weight":
+            return self._embedding(*shape)
+        return self._read(name, *shape)
+
+    def _read(self, name: str, *shape: int) -> Floats:
         if name not in self._readers:
             raise CheckpointError(
                 f"{self.folder}: the weights have no tensor {name!r}; is this a whole T5 with its decoder, "
@@ -122,6 +125,18 @@ class Checkpoint:
         array = array.astype(np.float32, copy=False)
         if not np.isfinite(array.min()) or not np.isfinite(array.max()):
             raise CheckpointError(f"{self.folder}: tensor {name!r} holds numbers that are not finite")
+        return array
+
+    def _embedding(self, *shape: int) -> Floats:
+        """The one embedding of a T5, of which files may hold any of its names or all."""
+        name, *others = [each for each in _EMBEDDING_NAMES if each in self] or _EMBEDDING_NAMES[:1]
+        array = self._read(name, *shape)
+        for other in others:
+            if not np.array_equal(array, self._read(other, *shape)):
+                raise CheckpointError(
+                    f"{self.folder}: tensors {name!r} and {other!r} differ, and T5 has one embedding: versions of "
+                    "transformers disagree on this checkpoint"
+                )
         return array
 
 

@@ -118,7 +118,10 @@ def _spread(moment: Floats) -> Floats:
     diagonal = np.diag(damped).copy()
     unseen = diagonal <= 0
     damped[np.diag_indices_from(damped)] += np.where(unseen, 1, _DAMPING * diagonal.mean())
-    upper: Floats = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    try:
+        upper: Floats = np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32)
+    except np.linalg.LinAlgError:  # inputs so small that their squares are none: nothing to go by
+        return np.eye(len(moment), dtype=np.float32)
     return upper
 
 

@@ -25,6 +25,24 @@ _SAMPLING = (
     "repetition_penalty",
     "no_repeat_ngram_size",
 )
+_CHOSEN_BY_NOBODY = ("max_length", 20)  # transformers' default, which its oldest releases wrote out
+_RULES_WE_LACK = {  # of transformers' `generate`, with the values that change nothing
+    "num_beams": 1,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "penalty_alpha": 0,
+    "guidance_scale": 1,
+    "encoder_repetition_penalty": 1,
+    "encoder_no_repeat_ngram_size": 0,
+    "exponential_decay_length_penalty": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -49,13 +67,35 @@ def read_if_there(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def read_generation(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """How a checkpoint is meant to generate: its `generation_config.json`.
+
+    Where there is none, transformers takes what its `config.json`, `raw`, says; before 4.26 it wrote nothing else.
+    """
+    path = folder / GENERATION
+    return read_json(path) if path.is_file() else {name: value for name, value in raw.items() if value is not None}
+
+
 def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that a `generation_config.json` sets; all else in it is left to the caller.
+    """The sampling parameters that `read_generation` found, with a warning of rules that we do not have.
 
     Raises:
         CheckpointError: one is out of its range, and the checkpoint is meant for sampling.
     """
+    lacking = [name for name, nothing in _RULES_WE_LACK.items() if generation.get(name) not in (None, nothing, [], {})]
+    if lacking:
+        warnings.warn(
+            f"the checkpoint asks for {', '.join(lacking)}, which ramekin has not: transformers would write other texts",
+            UserWarning,
+            stacklevel=2,
+        )
     values = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    for name, old in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        length = generation.get(old)
+        if isinstance(length, int) and length > 1 and (old, length) != _CHOSEN_BY_NOBODY:
+            values.setdefault(name, length - 1)  # the start token counts in the old ones
+    if "top_p" not in values and ("top_p" in generation or generation.get("do_sample") is True):
+        values["top_p"] = 1.0  # no limit: files leave it out, and null is the same
     if "top_k" in generation and "top_k" not in values and str(generation.get("transformers_version")).startswith("4."):
         values["top_k"] = 0  # null is no limit to transformers 4, and 50 to transformers 5
     least = values.get("min_new_tokens")
@@ -94,7 +134,7 @@ def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str
     Args:
         folder: where the tokenizer's files lie.
         raw: the `config.json`.
-        generation: the `generation_config.json`.
+        generation: what `read_generation` found.
         pieces: the SentencePiece model.
 
     Raises:

@@ -17,9 +17,8 @@ import sentencepiece
 
 from ramekin.config_files import (
     CONFIG,
-    GENERATION,
     generation_defaults,
-    read_if_there,
+    read_generation,
     read_json,
     special_tokens,
     variant_of,
@@ -122,7 +121,8 @@ class OptimumFolder:
         Raises:
             CheckpointError: a file is missing, or not as transformers writes it.
         """
-        raw, generation = read_json(self.folder / CONFIG), read_if_there(self.folder / GENERATION)
+        raw = read_json(self.folder / CONFIG)
+        generation = read_generation(self.folder, raw)
         path = self.folder / TOKENIZER
         if not path.is_file():
             raise CheckpointError(f"{self.folder}: no {TOKENIZER}; copy the base model's there")

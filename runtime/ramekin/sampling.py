@@ -255,7 +255,8 @@ def distribution(ranked: Ranked, params: SamplingParams) -> npt.NDArray[np.float
     """Probabilities to draw from, `(n, k)`, of ranked logits; 0 for what the rules leave out.
 
     Ties at the k-th place stay, all of them. The token that crosses `top_p` stays; one that starts where the mass before
-    it already is `top_p` goes. The most likely token always stays.
+    it already is `top_p` goes. The most likely token always stays. Of equal logits those of smaller ids stay, where
+    transformers, which sums up from the other end, keeps those of larger ids.
     """
     scaled = (ranked.values / np.float32(params.temperature)).astype(np.float64)  # divided in float32, as transformers does
     scaled -= scaled[:, :1]

@@ -253,6 +253,23 @@ def test_an_embedding_of_another_name(copy: Callable[[str], Path], exported: Cal
     np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
 
 
+def test_embeddings_that_differ_are_refused(copy: Callable[[str], Path]) -> None:
+    """transformers 4 takes one of them for all, transformers 5 each for its own."""
+    folder = copy("flan")
+    edit_weights(folder, lambda weights: weights.update({"decoder.embed_tokens.weight": weights["shared.weight"].copy()}))
+    logits_of(folder)
+    edit_weights(folder, lambda weights: weights.update({"decoder.embed_tokens.weight": weights["shared.weight"] * 2}))
+    with pytest.raises(CheckpointError, match=r"'shared.weight' and 'decoder.embed_tokens.weight' differ"):
+        logits_of(folder)
+
+
+def test_an_mt5_that_wants_to_be_scaled_is_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("mt5")
+    edit_config(folder, scale_decoder_outputs=True)
+    with pytest.raises(CheckpointError, match="scale_decoder_outputs is true, but transformers scales no mT5's"):
+        head_of(folder)
+
+
 @pytest.mark.parametrize("variant", ["flan", "v1.0", "mt5"])
 def test_what_this_transformers_saves(variant: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """A round trip through the installed transformers, whichever it is, changes nothing."""

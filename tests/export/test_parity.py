@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from ramekin import Engine, SamplingParams
+from ramekin_export.pipeline import export
 from tests.export.variants import VARIANTS
 
 torch = pytest.importorskip("torch")
@@ -46,6 +49,38 @@ def test_fp32_logits_agree(
         expected = reference_logits(reference, source, target)
         assert 0.3 < expected.std() < 3
         np.testing.assert_allclose(engine.logits(source, target), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "settings", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 1}, {"min_length": 9}, {"min_new_tokens": 9}]
+)
+def test_the_checkpoints_own_settings(
+    settings: dict[str, float],
+    file: str,
+    checkpoint: Callable[[str], Path],
+    exported: Callable[[str, str], Engine],
+    tmp_path: Path,
+) -> None:
+    """Of both files: transformers before 4.26 wrote the first alone. Where there is a least length most tokens end."""
+    folder, source = Path(shutil.copytree(checkpoint("flan"), tmp_path / "flan")), np.arange(3, 40)
+    plain = exported("flan", "fp32").generate(source, SamplingParams(greedy=True, seed=0, max_new_tokens=20))[0].token_ids
+    config = json.loads((folder / "config.json").read_text())
+    shortest = "min" in next(iter(settings))
+    ends = {"eos_token_id": list(range(1, 450)) if shortest else 1}
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0}
+    assert not (folder / "generation_config.json").exists()
+    (folder / file).write_text(
+        json.dumps((config if file == "config.json" else tokens) | settings | ends | {"max_length": 21})
+    )
+    export(str(folder), tmp_path / "model", "fp32")
+    engine, reference = Engine.load(tmp_path / "model"), load_reference(folder)
+    with torch.no_grad():
+        expected = reference.generate(torch.tensor(source[None]), do_sample=False, use_cache=False)[0, 1:].tolist()
+    found = list(engine.generate(source, engine.params(greedy=True, seed=0))[0].token_ids)
+    assert found == expected
+    assert found != list(plain)
+    assert len(found) in (range(9, 20) if shortest else (20,))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

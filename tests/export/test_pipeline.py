@@ -325,7 +325,17 @@ def test_settings_that_mean_nothing_without_sampling(checkpoint: Callable[[str],
     [
         ({"top_k": None, "transformers_version": "4.57.6"}, {"top_k": 0}),  # no limit
         ({"top_k": None, "transformers_version": "5.23.0"}, {}),  # not set
-        ({"min_new_tokens": 150, "max_length": 512, "do_sample": True}, {"min_new_tokens": 150, "max_new_tokens": 150}),
+        ({"min_new_tokens": 150, "max_length": 512}, {"min_new_tokens": 150, "max_new_tokens": 511}),
+        (
+            {"max_length": 512, "max_new_tokens": 40, "min_length": 9, "min_new_tokens": 3},
+            {"max_new_tokens": 40, "min_new_tokens": 3},
+        ),
+        ({"max_length": 20, "min_length": 20}, {"min_new_tokens": 19}),  # 20 is what nobody chose
+        ({"max_length": "many", "min_length": 1}, {}),
+        ({"do_sample": True, "top_k": 7}, {"top_k": 7, "top_p": 1.0}),  # what a file leaves out is transformers' default
+        ({"do_sample": True, "top_p": 0.9}, {"top_p": 0.9}),
+        ({"do_sample": False, "top_k": 7}, {"top_k": 7}),
+        ({"top_p": None}, {"top_p": 1.0}),
         ({"min_new_tokens": 150}, {"min_new_tokens": 150, "max_new_tokens": 150}),
         ({"min_new_tokens": 150, "max_new_tokens": 200}, {"min_new_tokens": 150, "max_new_tokens": 200}),
         ({"min_new_tokens": 9}, {"min_new_tokens": 9}),
@@ -333,6 +343,13 @@ def test_settings_that_mean_nothing_without_sampling(checkpoint: Callable[[str],
 )
 def test_generation_settings_that_need_a_second_look(settings: dict[str, object], expected: dict[str, int]) -> None:
     assert generation_defaults(settings) == expected
+
+
+def test_rules_that_we_do_not_have_are_told_of() -> None:
+    nothing = {"num_beams": 1, "typical_p": 1.0, "bad_words_ids": [], "sequence_bias": {}, "suppress_tokens": None}
+    assert generation_defaults(nothing) == {}  # warnings are errors here
+    with pytest.warns(UserWarning, match=r"asks for num_beams, bad_words_ids, which ramekin has not"):
+        generation_defaults({**nothing, "num_beams": 4, "bad_words_ids": [[5]]})
 
 
 def test_added_tokens_of_old(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

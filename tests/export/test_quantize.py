@@ -101,7 +101,12 @@ def test_rounding_by_what_is_seen_makes_outputs_more_exact() -> None:
 def test_inputs_that_were_never_seen_do_no_harm() -> None:
     weight, moment = weights(8, 64), np.zeros((64, 64), np.float32)
     moment[:5, :5] = np.eye(5)
-    for each in (moment, np.zeros_like(moment)):
+    tiny = np.float32(3e-23) * np.random.default_rng(2).standard_normal(
+        (100, 64), np.float32
+    )  # whose squares are hardly numbers
+    with pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky((tiny.T @ tiny).astype(np.float64))
+    for each in (moment, np.zeros_like(moment), tiny.T @ tiny):
         found = restored(per_block(weight, 4, 32, each), 8, 4, 32)
         assert np.isfinite(found).all()
         assert np.abs(found - weight).max() <= np.abs(weight).max()
