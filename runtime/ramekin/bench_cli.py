@@ -15,17 +15,17 @@ import click
 from ramekin.bench import Job, Timing, forget_peak_memory, peak_memory_mb, run
 from ramekin.ceiling import Ceiling, Work
 from ramekin.engine import Engine
-from ramekin.options import hush, open_engine, provider_option
+from ramekin.options import PATH, hush, open_engine, provider_option
 from ramekin.provider import AUTO
 from ramekin.session import MOST_THREADS, usable_cores
-from ramekin.terminal import progress
+from ramekin.terminal import progress, write
 
 _SHORT = Job(n=4, source=128, tokens=16)
 """What the number of threads is chosen by."""
 
 
 @click.command(short_help="Time a model on this machine.")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option("-n", "ns", type=click.IntRange(1, 1024), multiple=True, help="Samples; may be repeated.  [default: 1, 4, 16]")
 @click.option("--source", type=click.IntRange(1, 1 << 15), default=900, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", type=click.IntRange(2, 1 << 12), default=100, show_default=True, help="Tokens of each sample.")
@@ -93,10 +93,10 @@ def bench(
         "jobs": rows,
     }
     if as_json:
-        click.echo(json.dumps(_rounded(result), allow_nan=False))
+        write(json.dumps(_rounded(result), allow_nan=False))
         return
     for line in _page(result):
-        click.echo(line)
+        write(line)
 
 
 def _try_threads(model: Path, provider: str | None) -> dict[int, float]:

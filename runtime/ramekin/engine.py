@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -115,20 +115,22 @@ class Engine:
         """All samples of one prompt, by index. See `stream` for the arguments."""
         return self.generate_many([source], params)[0]
 
-    def stream(self, source: Source, params: SamplingParams | None = None) -> Iterator[Token | Completion]:
+    def stream(self, source: Source, params: SamplingParams | None = None) -> Generator[Token | Completion, None, None]:
         """Generate samples of one prompt, telling each token and, after its last token, each finished sample.
 
         Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic: in
         int8 and int4, kernels for one row and for many differ in the last bit, which now and then makes another token.
 
         Args:
-            source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a warning.
+            source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a
+                `TruncationWarning`; Python shows one for each place, and raises all after
+                `warnings.simplefilter("error", TruncationWarning)`.
             params: how to sample; None: `self.params()`. `SamplingParams(...)` knows nothing of the model's own settings,
                 `self.params(...)` does.
 
         Raises:
             ValueError: token ids are outside the vocabulary, or there are none.
-            TypeError: `params` are something else.
+            TypeError: `source` or `params` are something else.
         """
         return (event for _, event in self.stream_many([source], params))
 
@@ -143,7 +145,7 @@ class Engine:
 
     def stream_many(
         self, sources: Iterable[Source], params: SamplingParams | None = None
-    ) -> Iterator[tuple[int, Token | Completion]]:
+    ) -> Generator[tuple[int, Token | Completion], None, None]:
         """Generate samples of several prompts: what `stream` tells of each, with the prompt's number.
 
         On a GPU some prompts are computed together, padded to the longest of them; on a CPU, where one prompt fills every
@@ -156,7 +158,7 @@ class Engine:
 
     def _run_in_groups(
         self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams
-    ) -> Iterator[tuple[int, Token | Completion]]:
+    ) -> Generator[tuple[int, Token | Completion], None, None]:
         size = self.model.prompts_at_once
         for first in range(0, len(prompts), size):
             for number, event in self._run(prompts[first : first + size], params):
@@ -164,7 +166,7 @@ class Engine:
 
     def _run(
         self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams
-    ) -> Iterator[tuple[int, Token | Completion]]:
+    ) -> Generator[tuple[int, Token | Completion], None, None]:
         """The loop: all samples of one or more prompts, with the number of the prompt that each event belongs to."""
         seeds = [secrets.randbits(63) if params.seed is None else params.seed for _ in prompts]
         eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
@@ -203,17 +205,19 @@ class Engine:
             source: a prompt as text or as token ids.
             target_ids: the tokens whose predictions are asked for.
         """
-        target = self._checked(target_ids)
-        cache = self.model.new_cache(self.model.prefill(self.source_ids(source)), 1, len(target), 1)
-        rows = [
-            self.model.step([token], cache).full[0].copy() for token in (self.manifest.tokens.start, *target[:-1].tolist())
-        ]
-        return np.stack(rows)
+        return np.stack([row.copy() for row in self._teacher_forced(source, self._checked(target_ids))])
 
     def score(self, source: Source, target: Source) -> Floats:
         """Log-probabilities under the model of each token of `target`, teacher-forced, `(target,)` float32."""
         ids = self._checked(self.tokenizer.encode(target) if isinstance(target, str) else target)
-        return log_probabilities(self.logits(source, ids), ids)
+        rows = self._teacher_forced(source, ids)
+        return np.concatenate([log_probabilities(row[None], ids[at : at + 1]) for at, row in enumerate(rows)])
+
+    def _teacher_forced(self, source: Source, target: npt.NDArray[np.int64]) -> Iterator[Floats]:
+        """The logits of each token of a target, `(vocab,)`, overwritten by the next."""
+        cache = self.model.new_cache(self.model.prefill(self.source_ids(source)), 1, len(target), 1)
+        for token in (self.manifest.tokens.start, *target[:-1].tolist()):
+            yield self.model.step([token], cache).full[0]
 
     def source_ids(self, source: Source) -> npt.NDArray[np.int64]:
         """The token ids of a prompt, `(source,)`, cut to `max_source_tokens` as transformers does: a text keeps its eos."""
@@ -229,6 +233,12 @@ class Engine:
         return np.concatenate([ids[: limit - 1], ids[-1:]]) if isinstance(source, str) else ids[:limit]
 
     def _checked(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        if isinstance(ids, bytes) or not hasattr(ids, "__len__"):
+            raise TypeError(f"expected a text or a list of token ids, not {type(ids).__name__}")
+        if len(ids) and isinstance(ids[0], str):
+            raise TypeError(
+                "expected one text, or a list of token ids; `generate_many` and `stream_many` take several texts"
+            )
         array = np.asarray(ids)
         if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer):
             raise ValueError("token ids must be a list of integers that is not empty")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from ramekin.engine import Engine
 from ramekin.errors import ModelFormatError
 from ramekin.manifest import MANIFEST, Manifest
 from ramekin.optimum_folder import OptimumFolder
-from ramekin.options import open_engine, provider_option, threads_option
+from ramekin.options import PATH, open_engine, provider_option, threads_option
 from ramekin.provider import AUTO
 from ramekin.quality import check, table
-from ramekin.terminal import json_text, printable
+from ramekin.terminal import json_text, printable, write
 
 
 def manifest_of(folder: Path) -> Manifest:
@@ -27,13 +28,13 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The manifest as it is.")
 def info(model: Path, as_json: bool) -> None:
     """Tell what a MODEL folder holds and where it came from."""
     manifest = manifest_of(model)
     if as_json:
-        click.echo(json_text(asdict(manifest), indent=2))
+        write(json_text(asdict(manifest), indent=2))
         return
     dims = manifest.dims
     size = sum(record.bytes for record in manifest.files.values())
@@ -59,17 +60,17 @@ def info(model: Path, as_json: bool) -> None:
     ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        click.echo(printable(f"{name:<{width}}  {value}"))
+        write(printable(f"{name:<{width}}  {value}"))
     lines = table(manifest.quality)
     if lines:
         papers = printable(str(manifest.quality.get("papers")))
-        click.echo(f"\nnext to float32, at export, on {papers} papers:")
+        write(f"\nnext to float32, at export, on {papers} papers:")
     for line in lines:
-        click.echo(line)
+        write(line)
 
 
 @click.command(short_help="Check that a model folder is intact, and predicts what it should.")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option("--reference", metavar="CHECKPOINT", help="Compare predictions with this checkpoint's in float32.")
 @click.option("--revision", help="Branch, tag or commit of a Hub id.")
 @click.option(
@@ -103,9 +104,10 @@ def verify(
         raise ModelFormatError(f"{model}: optimum's own folder; it records neither hashes nor a golden run to verify")
     manifest = Manifest.load(model)
     manifest.check_files(model, hash_up_to=None)
-    click.echo(f"files: {len(manifest.files)} intact", err=as_json)
+    tell = partial(click.echo, err=True) if as_json else write
+    tell(f"files: {len(manifest.files)} intact")
     difference = golden.check(open_engine(model, provider, threads), manifest.golden)
-    click.echo(f"golden run: log-probabilities within {difference:.1e} of those at export", err=as_json)
+    tell(f"golden run: log-probabilities within {difference:.1e} of those at export")
     if reference is None:
         return
     try:
@@ -117,8 +119,8 @@ def verify(
         ) from None
     quality = against(model, reference, revision, papers, threads, provider or AUTO)
     if as_json:
-        click.echo(json_text(quality))
+        write(json_text(quality))
     else:
         for line in table(quality):
-            click.echo(line)
+            write(line)
     check(quality)

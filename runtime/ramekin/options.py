@@ -17,6 +17,8 @@ from ramekin.session import MOST_THREADS
 from ramekin.terminal import say
 
 Command = Callable[..., None]
+PATH = click.Path(path_type=Path, readable=False)
+"""A path that the command itself opens: one that cannot be read is a failed job, as one that is not there."""
 
 
 def options(*several: Callable[[Command], Command]) -> Callable[[Command], Command]:

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import click
 
 from ramekin.engine import Engine, TruncationWarning
 from ramekin.errors import InputError
 from ramekin.inputs import read_papers, read_prompts
-from ramekin.options import model_options, open_engine, sampling_options
+from ramekin.options import PATH, model_options, open_engine, sampling_options
 from ramekin.paper import SEPARATOR, Paper, QAPair, build_prompt
 from ramekin.sample import Completion, Token
 from ramekin.sampling import SamplingParams
 from ramekin.terminal import Item, is_terminal, json_text, progress_in_groups, say, whole, write
 
 
+@dataclass(frozen=True)
+class _Asked(Generic[Item]):
+    """A prompt or paper, its token ids, and whether they were cut to the model's limit."""
+
+    item: Item
+    source: Any
+    cut: bool
+
+
 @click.command(short_help="Continue prompts.")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("file", type=click.Path(path_type=Path), default="-")
+@click.argument("model", type=PATH)
+@click.argument("file", type=PATH, default="-")
 @sampling_options
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each prompt, on a line of its own.")
@@ -45,13 +55,15 @@ def generate(
       echo "Translate to German: Hello." | ramekin generate model
       ramekin generate model prompts.jsonl -n 4 --seed 7 --json
     """
+    if as_json and stream:
+        raise click.UsageError("--json tells of a prompt when it is done, --stream before: give one of them")
     if str(file) == "-" and is_terminal(sys.stdin):
         say("reading the prompt from this terminal; Ctrl-D ends it")
     prompts = read_prompts(file)
     engine = open_engine(model, provider, threads, max_source_tokens)
     params = _params(engine, sampling)
     labels = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
-    sources = _sources(engine, labels, prompts, on_long)
+    asked = _asked(engine, labels, prompts, prompts, on_long)
 
     def show(event: Token | Completion) -> None:
         if isinstance(event, Completion) and params.n > 1:
@@ -59,21 +71,18 @@ def generate(
         elif isinstance(event, Token) and params.n == 1:
             write(event.text, end="")
 
-    def tell(prompt: str, samples: list[Completion]) -> None:
+    def tell(each: _Asked[str], samples: list[Completion]) -> None:
         if as_json:
             rows = [_completion_json(completion) for completion in samples]
-            write(json_text({"prompt": prompt, "samples": rows, **_interrupted(samples, params.n)}))
+            write(json_text({"prompt": each.item, "samples": rows, **_amiss(each, samples, params.n)}))
         elif stream and params.n == 1:
             write()
         elif not stream:
             for completion in samples:
                 write(completion.text)
 
-    pairs = list(zip(prompts, sources, strict=True))
     size = 1 if stream else engine.model.prompts_at_once
-    _sample(
-        engine, progress_in_groups(_groups(pairs, size), "prompts"), params, tell, show if stream and not as_json else None
-    )
+    _sample(engine, progress_in_groups(_groups(asked, size), "prompts"), params, tell, show if stream else None)
 
 
 def _completion_json(completion: Completion) -> dict[str, Any]:
@@ -88,8 +97,8 @@ def _completion_json(completion: Completion) -> dict[str, Any]:
 
 
 @click.command(short_help="Ask and answer questions about papers.")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("paper", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
+@click.argument("paper", type=PATH)
 @sampling_options
 @model_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each paper, on a line of its own.")
@@ -105,7 +114,7 @@ def questions(
     show_all: bool,
     **sampling: Any,
 ) -> None:
-    """Ask and answer questions about a PAPER: JSON with title, abstract, introduction; text with such headings; or .jsonl.
+    """Ask and answer questions about a PAPER (- for stdin): JSON or text with abstract and introduction; .jsonl holds many.
 
     \b
     Examples:
@@ -120,7 +129,7 @@ def questions(
     params = _params(engine, {**sampling, "n": usual if sampling["n"] is None else sampling["n"]})
     malformed = total = 0
 
-    def tell(each: Paper, samples: list[Completion]) -> None:
+    def tell(each: _Asked[Paper], samples: list[Completion]) -> None:
         nonlocal malformed, total
         pairs = [QAPair.parse(sample.text, cut=sample.finish_reason == "length") for sample in samples]
         total, malformed = total + len(pairs), malformed + sum(not pair.well_formed for pair in pairs)
@@ -129,10 +138,10 @@ def questions(
                 {"question": pair.question, "answer": pair.answer, "problem": pair.problem, **_completion_json(sample)}
                 for pair, sample in zip(pairs, samples, strict=True)
             ]
-            write(json_text({"title": each.title, "pairs": rows, **_interrupted(samples, params.n)}))
+            write(json_text({"title": each.item.title, "pairs": rows, **_amiss(each, samples, params.n)}))
             return
         if len(papers) > 1:
-            write(f"# {each.title}\n")
+            write(f"# {each.item.title}\n")
         for pair in pairs:
             if show_all or pair.well_formed:
                 note = f"\n   ({pair.problem})" if pair.problem else ""
@@ -140,9 +149,9 @@ def questions(
 
     labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
     prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
-    sources = _sources(engine, labels, prompts, on_long)
-    groups = _groups(list(zip(papers, sources, strict=True)), engine.model.prompts_at_once)
-    _sample(engine, progress_in_groups(groups, "papers"), params, tell)
+    asked = _asked(engine, labels, papers, prompts, on_long)
+    groups = progress_in_groups(_groups(asked, engine.model.prompts_at_once), "papers")
+    _sample(engine, groups, params, tell)
     if malformed and not as_json:
         hint = "" if show_all else "; --all prints them"
         say(f"{malformed} of {total} samples were not a question and a whole answer{hint}")
@@ -150,45 +159,48 @@ def questions(
 
 def _sample(
     engine: Engine,
-    groups: Iterable[list[tuple[Item, Any]]],
+    groups: Iterable[list[_Asked[Item]]],
     params: SamplingParams,
-    tell: Callable[[Item, list[Completion]], None],
+    tell: Callable[[_Asked[Item], list[Completion]], None],
     show: Callable[[Token | Completion], None] | None = None,
 ) -> None:
-    """Sample from group after group of items with their token ids; tell of each item, and show events as they come."""
+    """Sample from group after group; tell of each prompt, and show events as they come."""
     for group in groups:
         done: list[list[Completion]] = [[] for _ in group]
         try:
-            for number, event in engine.stream_many([source for _, source in group], params):
+            for number, event in engine.stream_many([each.source for each in group], params):
                 if isinstance(event, Completion):
                     done[number].append(event)
                 if show:
                     show(event)
         finally:  # what is finished is not lost, whatever happens
             with whole():
-                for (item, _), samples in zip(group, done, strict=True):
+                for each, samples in zip(group, done, strict=True):
                     if samples or show:  # a line that was shown in part is ended
-                        tell(item, sorted(samples, key=lambda completion: completion.index))
+                        tell(each, sorted(samples, key=lambda completion: completion.index))
 
 
-def _sources(engine: Engine, labels: list[str], prompts: list[str], on_long: str) -> list[Any]:
-    """The token ids of all prompts; which of them are too long is told before any is run."""
-    sources = []
-    for label, prompt in zip(labels, prompts, strict=True):
+def _asked(
+    engine: Engine, labels: Sequence[str], items: Sequence[Item], prompts: Sequence[str], on_long: str
+) -> list[_Asked[Item]]:
+    """What is asked of the model; which prompts are too long is told before any is run."""
+    asked = []
+    for label, item, prompt in zip(labels, items, prompts, strict=True):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")  # else the second prompt that is cut would not be told of
-            sources.append(engine.source_ids(prompt))
+            ids = engine.source_ids(prompt)
         for each in caught:
             if on_long == "error" and issubclass(each.category, TruncationWarning):
                 limit, count = engine.manifest.max_source_tokens, len(engine.tokenizer.encode(prompt))
                 raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
             say(f"{label}: {each.message}" if len(labels) > 1 else each.message)
-    return sources
+        asked.append(_Asked(item, ids, cut=bool(caught)))
+    return asked
 
 
-def _interrupted(samples: list[Completion], n: int) -> dict[str, bool]:
-    """What a record with fewer samples than were asked for says of it."""
-    return {"interrupted": True} if len(samples) < n else {}
+def _amiss(asked: _Asked[Any], samples: list[Completion], n: int) -> dict[str, bool]:
+    """What a record says of a prompt that was cut, or has fewer samples than were asked for."""
+    return {name: True for name, said in (("truncated", asked.cut), ("interrupted", len(samples) < n)) if said}
 
 
 def _groups(items: list[Item], size: int) -> list[list[Item]]:

@@ -370,6 +370,7 @@ LONGEST = ["--max-new-tokens", "600", "--min-new-tokens", "600", "--top-k", "0"]
             "more than the limit of 4",
         ),
         (["generate"], 2, "Missing argument 'MODEL'"),
+        (["generate", "{model}", "--json", "--stream"], 2, "give one of them"),
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["info", "none"], 1, "no such model folder"),
         (["verify", "{tmp}"], 1, "not a ramekin model folder"),
@@ -415,9 +416,18 @@ def test_every_cut_prompt_is_told(tmp_path: Path) -> None:
         "3",
     ]
     assert run(*arguments)[2].count("was cut") == 2
+    (tmp_path / "two.jsonl").write_text('"a b c d e f"\n"a"\n')
+    assert ['"truncated": true' in line for line in run(*arguments, "--json")[1].splitlines()] == [True, False]
+    (tmp_path / "two.jsonl").write_text('"a b c d e f"\n"a b c d e g"\n')
     status, out, err = run(*arguments, "--json", "--on-long", "error")
     assert (status, out) == (1, "")  # no record that looks finished
     assert "prompt 1: 9 tokens, more than the limit of 4; nothing was run" in err
+
+
+def test_files_that_cannot_be_read_are_failed_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the status that a file has that is not there; whether it can be read is for those to tell who open it."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert run("info", str(TINY_MODEL))[0] == 0
 
 
 def test_a_prompt_with_half_a_surrogate_pair(tmp_path: Path) -> None:

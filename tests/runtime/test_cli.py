@@ -103,6 +103,10 @@ def test_closed_streams(paper: str) -> None:
         command = f"{sys.executable} -m ramekin questions {TINY_MODEL} {paper} -n 2 --seed 1 --json {redirect}"
         done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, done.stderr) == (status, says), redirect
+    for command in ("info", "info --json", "verify"):
+        line = f"{sys.executable} -m ramekin {command} {TINY_MODEL} >&-"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (1, nowhere), command
     command = f"{sys.executable} -m ramekin generate {TINY_MODEL} <&-"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (1, "ramekin: standard input is closed; name a file\n")

@@ -110,6 +110,20 @@ def test_what_is_wrong_is_told_at_once(engine: Engine) -> None:
             engine.stream_many([[5, 1], wrong])
     with pytest.raises(TypeError, match="params must be SamplingParams"):
         engine.stream(PROMPT, {"n": 4})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`generate_many` and `stream_many` take several texts"):
+        engine.stream(["a", "b"])  # type: ignore[list-item]
+    for nothing in (None, 5, b"a"):
+        with pytest.raises(TypeError, match=f"a list of token ids, not {type(nothing).__name__}"):
+            engine.stream(nothing)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a list of token ids, not int"):
+        engine.generate_many(b"abc")
+
+
+def test_a_stream_that_nobody_reads_to_its_end(engine: Engine) -> None:
+    for stream in (engine.stream(PROMPT, engine.params(n=2)), engine.stream_many([PROMPT], engine.params(n=2))):
+        next(stream)
+        stream.close()
+        assert list(stream) == []
 
 
 def test_streamed_samples_are_the_same(engine: Engine) -> None:
