@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -63,6 +63,10 @@ class Format:
     products: DType
     stream: DType
     most_divergence: float
+    rotated: ClassVar = False  # what recipes do to weights: rounding to half precision needs none of it
+    folded: ClassVar = False
+    calibrated: ClassVar = False
+    compact: ClassVar = False
 
     @property
     def inward(self) -> FloatLinear:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,7 @@ from ramekin.engine import Engine
 from ramekin.errors import RamekinError, RuntimeVersionError, VerificationError
 from ramekin.manifest import DEFAULT_PROMPT, Manifest, VersionRange
 from ramekin.model import COMPACT_RUNTIMES
-from ramekin.paper import check_prompt
+from ramekin.paper import Paper, check_prompt
 from ramekin.provider import cuda_problem
 from ramekin.quality import check
 from ramekin.session import onnxruntime
@@ -25,7 +25,7 @@ from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.compact import Units, add_compact
 from ramekin_export.formats import PRECISIONS
 from ramekin_export.reach import measured_reach
-from ramekin_export.recipe import RECIPES, Recipe
+from ramekin_export.recipe import RECIPES
 from ramekin_export.target import check_target, scratch, whole_or_not_at_all
 from ramekin_export.verify import Checks, judge
 from ramekin_export.writer import Writer, save
@@ -78,19 +78,13 @@ def export(
     if runs:
         onnxruntime(VersionRange())  # one that cannot be used is no reason to keep what was not compared
     # Nothing is written that could not be looked at.
-    compact = isinstance(recipe, Recipe) and recipe.compact and _runs_here(COMPACT_RUNTIMES)
+    compact = recipe.compact and _runs_here(COMPACT_RUNTIMES)
     seen, judged = checks.calibration_papers(), checks.verification_papers()
     if not runs:
         _tell_what_is_missing(checks)
     writer = Writer(Checkpoint.open(source, revision), prompt)
     with whole_or_not_at_all(out, force) as folder:
-        if isinstance(recipe, Recipe) and recipe.calibrated and runs:
-            with scratch(out) as exact:
-                same = replace(RECIPES["fp32"], rotated=recipe.rotated, folded=recipe.folded)
-                writer.write(exact, "fp32", same, partial(progress, "prepare calibration"))
-                recipe = recipe.rounded_by(calibrate(exact, seen, partial(progress, "calibrate")))
-        manifest = writer.write(folder, precision, recipe, partial(progress, f"export {precision}"))
-        recipe = PRECISIONS[precision]  # the moments, a gigabyte of a large model's, are done with
+        manifest = _written(writer, folder, precision, out, seen if runs else (), progress)
         if compact:
             manifest = replace(manifest, golden=golden.record(Engine.load(folder)))  # for an older onnxruntime
             with suppress(RamekinError):  # it cannot write samples: verification tells of that
@@ -113,6 +107,17 @@ def export(
                 _require(manifest.quality)
         save(folder, manifest)
     return manifest
+
+
+def _written(writer: Writer, folder: Path, precision: str, out: Path, seen: Sequence[Paper], progress: Progress) -> Manifest:
+    """The model itself, its weights rounded for `seen` if its recipe asks for that and there are any."""
+    recipe = PRECISIONS[precision]
+    if recipe.calibrated and seen:
+        with scratch(out) as exact:
+            same = replace(RECIPES["fp32"], rotated=recipe.rotated, folded=recipe.folded)
+            writer.write(exact, "fp32", same, partial(progress, "prepare calibration"))
+            recipe = recipe.rounded_by(calibrate(exact, seen, partial(progress, "calibrate")))
+    return writer.write(folder, precision, recipe, partial(progress, f"export {precision}"))
 
 
 def _require(quality: Mapping[str, Any]) -> None:

@@ -76,9 +76,9 @@ class Writer:
         weights: Weights = self._checkpoint
         head = Head.of(self._checkpoint, config)
         stored = FLOAT32 if isinstance(recipe, Recipe) else recipe.stream
-        rotated = Rotated(weights, config, head.weight) if isinstance(recipe, Recipe) and recipe.rotated else None
+        rotated = Rotated(weights, config, head.weight) if recipe.rotated else None
         weights = rotated or weights
-        if isinstance(recipe, Recipe) and recipe.folded:
+        if recipe.folded:
             weights = Folded(weights, config)
         weights = Finite(weights)
 
