@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,8 +88,8 @@ def section(found: Found, own: Sequence[Mapping[str, Any]], more: str = "") -> s
     goals = list(_goals(found, own))
     lines = [
         "## Goals\n",
-        "Next to others: the best of our precisions and, whatever their bits, the fastest of all peers in each round: the median of the rounds in "
-        "which it and the peer that is named took turns (their range in brackets), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
+        "Next to others: the best of our precisions and, whatever their bits, the fastest of all peers in each round: the median of the "
+        "rounds (their range in brackets; named is who was the fastest most often), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
         "our precisions; Python's share and what grows: the worst of those measured. The last column is the share of what "
         "this machine could do: for times, reading the weights or multiplying, whichever takes longer; for memory, the weights, keys "
         "and values of the job. Lines that are not rates have no such share.\n",
@@ -185,20 +186,24 @@ class _Ratio:
 def _ratio(found: Found, job: str, figure: Figure, peers: Sequence[str] = ()) -> _Ratio:
     """Our fastest, by its median, next to the fastest of all peers, or of `peers`.
 
-    In turn it is, in each round in which the peer with the least median took part, whichever was the fastest there.
+    In turn that is whichever was the fastest in a round, in all rounds of ours that one of the two fastest by their medians
+    took part in. Of several, `by` names the one that was the fastest most often.
     """
     medians = _medians(found, job, figure)
     ours = {engine: value for engine, value in medians.items() if engine.startswith("ramekin")}
     others = {engine: value for engine, value in medians.items() if engine in (peers or medians.keys() - ours.keys())}
     if not ours or not others:
         return _Ratio()
-    best, peer = min(ours, key=lambda name: ours[name]), min(others, key=lambda name: others[name])
-    mine, theirs = by_round(found[job, best], figure), [by_round(found[job, name], figure) for name in others]
-    rounds = mine.keys() & by_round(found[job, peer], figure).keys()
-    in_turn = tuple(min(each[which] for each in theirs if which in each) / mine[which] for which in rounds)
-    if not in_turn:
-        return _Ratio(others[peer] / ours[best], f"{best}, {peer}")
-    return _Ratio(float(np.median(in_turn)), f"{best}, {peer}", in_turn)
+    best, *_ = sorted(ours, key=lambda name: ours[name])
+    ranked = sorted(others, key=lambda name: others[name])
+    mine, theirs = by_round(found[job, best], figure), {name: by_round(found[job, name], figure) for name in ranked}
+    rounds = [each for each in mine if any(each in theirs[name] for name in ranked[:2])]
+    fastest = [min((theirs[name][each], name) for name in ranked if each in theirs[name]) for each in rounds]
+    if not rounds:
+        return _Ratio(others[ranked[0]] / ours[best], f"{best}, {ranked[0]}")
+    ((name, _),) = Counter(name for _, name in fastest).most_common(1)
+    in_turn = tuple(seconds / mine[each] for each, (seconds, _) in zip(rounds, fastest, strict=True))
+    return _Ratio(float(np.median(in_turn)), f"{best}, {name}", in_turn)
 
 
 def _least(found: Found, job: str, figure: Figure) -> tuple[float | None, str]:

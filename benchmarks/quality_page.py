@@ -22,7 +22,8 @@ by one. KL is the Kullback-Leibler divergence of its predictions from float32's 
 papers to which the greedy output is a question with the one right answer. Both models are small and were trained for this page;
 they say nothing of any real checkpoint's answers, for which `ramekin export` and `ramekin verify --reference` measure the same.
 
-- **demo**: the 3.5 million parameters of `examples/checkpoint`, on synthetic papers.
+- **demo**: the 3.5 million parameters of `examples/checkpoint`, on synthetic papers. `make demo` judges it on texts unlike those, of which it is less
+  sure: there int8's KL is 5e-3.
 - **larger**: 22 million parameters with T5's own vocabulary, grown from the demo and trained by `benchmarks/train_larger.py` on real
   papers with invented facts strewn in; prompts of 150 to 1024 tokens, and some that ask to continue a real paper.
 
@@ -31,8 +32,8 @@ times larger in front of every projection, **wo** has activations 50 to 200 time
 output projections, **both** has both (`benchmarks/twins.py`). In **principal** and **signal** the outlier channels carry signal
 (`benchmarks/signal_twin.py`): **principal** has its residual stream rotated so that the directions of most variance are single
 channels, which no scale of a channel undoes. In **signal** the first two of these are made three times larger besides, and further
-training mends what that changed; in the demo's these two hold a third to two thirds of the stream's energy in the end. So it alone is a model
-of its own, compared with itself in float32; nf4, whose activations are bfloat16, shows how much of the difference from the plain model is the model's own.
+training mends what that changed; in the demo's these two hold a third to two thirds of the stream's energy in the end. So signal is a model
+of its own, and is compared with itself in float32. How much harder such a model is, whatever rounds it, shows in nf4's row.
 
 int4 rounds its weights by what their layers see. For these tables it is given 16 papers that the model was trained on (`--calibrate`; none that it is
 judged on): more than `ramekin export` has without that option, which takes one invented paper of the package, **calibrated on other texts** here.
@@ -42,6 +43,8 @@ block); **scales by token** does so in the rotated one; **not folded** leaves th
 the checkpoint has them; **one scale for all tokens** is in front of `o` and `wo` of the encoder, whose other layers have a constant;
 **keys and values in floats** is what an onnxruntime before 1.30 computes: all other rows of ours (naive ones aside) keep the prompt's and
 each sample's own in 8 bits. **o and wo in blocks of 128** are the decoder's, with 8 bits for each row and block of their inputs instead of 16.
+**pairs that saturate** uses all 8 bits of weights in pairs whose products overflow on processors with AVX2 alone; **rounded to nearest** is int4 without calibration, its scales by the largest weight; **naive** is what a first
+attempt with onnxruntime's operators does: neither rotated nor folded, one activation scale for a whole tensor, weights rounded to nearest. **blocks of 128** and **of 32** are other sizes of the blocks that share a scale.
 
 Settings of the others: bitsandbytes as the model card loads it (`load_in_4bit`, compute in bfloat16; its `wo` and head stay in
 float32, as transformers arranges), PyTorch's dynamic int8 of all linear layers, optimum's `avx512_vnni` per channel, CTranslate2

@@ -118,11 +118,16 @@ def by_round(runs: Rows, figure: Figure) -> dict[tuple[str, int], float]:
     return {(run["call"], run["round"]): figure(run) for run in runs if "call" in run}
 
 
+def in_turn(runs: Rows, ours: Rows) -> list[float]:
+    """How many times as long as ours a job took, in each round in which both took turns."""
+    theirs, mine = by_round(runs, job_time), by_round(ours, job_time)
+    return [theirs[each] / mine[each] for each in theirs.keys() & mine.keys()]
+
+
 def times_as_long(runs: Rows, ours: Rows) -> float:
-    """How many times as long as ours a job takes: the median of the rounds in which both took turns, else of their medians.
+    """The median of what `in_turn` tells; if it tells nothing, the ratio of medians.
 
     Medians of different rounds would say how slow the machine was in them, too.
     """
-    theirs, mine = by_round(runs, job_time), by_round(ours, job_time)
-    in_turn = [theirs[each] / mine[each] for each in theirs.keys() & mine.keys()]
-    return median(in_turn) if in_turn else median(map(job_time, runs)) / median(map(job_time, ours))
+    ratios = in_turn(runs, ours)
+    return median(ratios) if ratios else median(map(job_time, runs)) / median(map(job_time, ours))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from ramekin.cache import Floats
 from ramekin.config_files import CONFIG, read_generation, read_json
 from ramekin.errors import CheckpointError
-from ramekin.manifest import Dims, FileRecord
+from ramekin.manifest import MANIFEST, Dims, FileRecord
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.paper import valid_text
 from ramekin_export.traced import read_traced
@@ -47,6 +47,8 @@ class Checkpoint:
             whole = (folder / CONFIG).is_file()
             told = f"its {_ADAPTER} tells of weights to add" if whole else "an adapter without its model"
             raise CheckpointError(f"{folder}: {told}; {_MERGE}")
+        if (folder / MANIFEST).is_file() and not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{folder}: a model folder of ramekin's; export the checkpoint that it was made from")
         self.config = read_json(folder / CONFIG)
         if "quantization_config" in self.config:
             raise CheckpointError(

@@ -64,7 +64,11 @@ export_options = options(
         show_default=True,
         help="For the CPU fp32, int8 or int4; for CUDA bf16, fp16 (before Ampere) or fp32-cuda.",
     ),
-    click.option("--prompt", default=DEFAULT_PROMPT, help="Template for papers.  [default: the model card's]"),
+    click.option(
+        "--prompt",
+        default=DEFAULT_PROMPT,
+        help="Template of {title}, {abstract}, {introduction}.  [default: the model card's]",
+    ),
     click.option("--force", is_flag=True, help="Replace OUT if it is there."),
     click.option(
         "--calibrate",

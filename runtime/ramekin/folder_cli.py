@@ -64,7 +64,7 @@ def info(model: Path, as_json: bool) -> None:
     lines = table(manifest.quality)
     if lines:
         papers = printable(str(manifest.quality.get("papers")))
-        write(f"\nnext to float32, at export, on {papers} papers:")
+        write(f"\nnext to float32, at export, on papers of {papers}:")
     for line in lines:
         write(line)
 

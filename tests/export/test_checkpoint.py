@@ -253,6 +253,12 @@ def test_an_embedding_of_another_name(copy: Callable[[str], Path], exported: Cal
     np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
 
 
+def test_what_was_exported_already(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a model folder of ramekin's; export the checkpoint"):
+        Checkpoint.open(str(tmp_path))
+
+
 def test_embeddings_that_differ_are_refused(copy: Callable[[str], Path]) -> None:
     """transformers 4 takes one of them for all, transformers 5 each for its own."""
     folder = copy("flan")

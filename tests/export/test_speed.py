@@ -295,7 +295,12 @@ def test_next_to_a_peer_only_rounds_in_turn_count() -> None:
     assert "3.25 x (2.00 to 5.00 in 4 rounds) | floor, not in every round |" in section(good_runs(rows), [])
     # Another peer, slower by its median, was faster in one of the rounds; in the call of its own it stands next to nothing.
     rows += [run("CTranslate2 int8", "a", 2, 4.0), run("CTranslate2 int8", "b", 1, 9.0)]
-    assert "3.25 x (2.00 to 4.00 in 4 rounds)" in section(good_runs(rows), [])
+    table = section(good_runs(rows), [])
+    assert "3.25 x (2.00 to 4.00 in 4 rounds) | floor, not in every round | ramekin int8, OpenVINO int8 |" in table
+    # A round without the peer that is the fastest by its median counts with the second; without both it does not.
+    more = [run("ramekin int8", "d", 0, 1.0), run("CTranslate2 int8", "d", 0, 3.4), run("ramekin int8", "e", 0, 1.0)]
+    more += [run("transformers bf16", call, 0, 50.0) for call in ("d", "e", "f")]
+    assert "3.40 x (2.00 to 4.00 in 5 rounds)" in section(good_runs([*rows, *more]), [])
     rows += [
         run("transformers bf16", "b", 0, 0.1),
         run("ramekin int8", "c", 0, 10.0),
