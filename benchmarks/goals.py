@@ -89,7 +89,7 @@ def section(found: Found, own: Sequence[Mapping[str, Any]], more: str = "") -> s
     lines = [
         "## Goals\n",
         "Next to others: the best of our precisions and, whatever their bits, the fastest of all peers in each round: the median of the "
-        "rounds (their range in brackets; named is who was the fastest most often), or what their medians say where results do not tell of turns. Memory and cold start: the best of "
+        "rounds (their range in brackets; named is who was the fastest most often), or what their medians say where results tell of no round in turn. Memory and cold start: the best of "
         "our precisions; Python's share and what grows: the worst of those measured. The last column is the share of what "
         "this machine could do: for times, reading the weights or multiplying, whichever takes longer; for memory, the weights, keys "
         "and values of the job. Lines that are not rates have no such share.\n",

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import best_of, cell, in_seconds, is_ours, job_s, length, next_to, ratio
 from benchmarks.engines import ENGINES, LEVERS
 from benchmarks.goals import section as goals
 from benchmarks.jobs import JOBS, QUICK
 from benchmarks.kernels_page import plot as kernels_plot
 from benchmarks.kernels_page import profiled
 from benchmarks.kernels_page import section as kernels_section
-from benchmarks.plotting import pyplot
-from benchmarks.results import good_runs, in_turn, read, times_as_long
+from benchmarks.results import Rows, good_runs, read
+from benchmarks.speed_plots import jobs_plot, levers_plot
 
-Rows = Sequence[Mapping[str, Any]]
 _INTRODUCTION = """# Speed
 
 Made by `python -m benchmarks report`; what is timed, what is not and how to repeat it: [benchmarks/README.md](../benchmarks/README.md).
@@ -46,7 +46,7 @@ def page(results: Path, plots: Path | None = None) -> str:
     levers = good_runs(lever_rows)
     parts = [_introduction(rows[0], rows)]
     if plots:
-        _jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
+        jobs_plot(plots / f"{results.stem}-jobs.svg", engines, found)
         parts.append(f"![How long each engine takes next to ours]({plots.name}/{results.stem}-jobs.svg)\n")
     own = [row for row in read(results.with_name(f"{results.stem}-own.jsonl")) if "engine" in row]
     kernels = read(results.with_name(f"{results.stem}-kernels.jsonl"))
@@ -57,7 +57,7 @@ def page(results: Path, plots: Path | None = None) -> str:
     if levers:
         parts.append(_levers(levers))
         if plots:
-            _levers_plot(plots / f"{results.stem}-levers.svg", levers)
+            levers_plot(plots / f"{results.stem}-levers.svg", levers)
             parts.append(f"![Where the gain comes from]({plots.name}/{results.stem}-levers.svg)\n")
     if kernels:
         parts.append(kernels_section(kernels))
@@ -119,26 +119,25 @@ def _turns(rows: Rows) -> str:
 
 
 def _job(job: str, entries: Sequence[tuple[str, Rows]]) -> str:
-    best = _best([entry for entry in entries if _is_ours(entry[0])])
+    best = best_of([entry for entry in entries if is_ours(entry[0])])
     requests = {**JOBS, **QUICK}[job]
     tokens = sum(sum(request.lengths) for request in requests)
     most = max(len(runs) for _, runs in entries)
     lines = [
         f"## {job}\n",
         f"{most} run{'s'[: most > 1]} of each engine where its line says nothing else.\n",
-        f"| | job | {_next_to(best)} | first token | step p50 / p95 | tokens/s | cold start | peak memory |",
+        f"| | job | {next_to(best)} | first token | step p50 / p95 | tokens/s | cold start | peak memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for engine, runs in sorted(entries, key=lambda entry: _length(entry[1], best)):
+    for engine, runs in sorted(entries, key=lambda entry: length(entry[1], best)):
         fewer = f" ({len(runs)} run{'s'[: len(runs) > 1]})" if len(runs) < most else ""
-        job_s = _job_s(runs)
         steps = [step for run in runs for ends in run["requests"] for step in np.diff(ends) * 1e3]
         p50, p95 = np.percentile(steps, (50, 95)) if steps else (np.nan, np.nan)
         first = np.median([run["requests"][0][0] for run in runs])
         lines.append(
-            f"| {engine}{fewer} | {_cell(runs)} "
-            f"| {_in_turn(runs, best)} | {_seconds(first)} | {p50:.0f} / {p95:.0f} ms "
-            f"| {tokens / job_s:.1f} | {np.median([run['cold_start_s'] for run in runs]):.2f} s "
+            f"| {engine}{fewer} | {cell(runs)} "
+            f"| {ratio(runs, best)} | {in_seconds(first)} | {p50:.0f} / {p95:.0f} ms "
+            f"| {tokens / job_s(runs):.1f} | {np.median([run['cold_start_s'] for run in runs]):.2f} s "
             f"| {np.median([run['peak_mb'] for run in runs]):,.0f} MB |"
         )
     return "\n".join(lines) + "\n"
@@ -157,67 +156,21 @@ def summary(results: Path) -> str:
     }
     shape = f"random weights of {rows[0]['model']}'s shape" if rows[0]["random"] else rows[0]["model"]
     forced = next(iter(jobs))
-    best = _best([(engine, found[forced, engine]) for engine in engines if _is_ours(engine)])
+    best = best_of([(engine, found[forced, engine]) for engine in engines if is_ours(engine)])
     lines = [
         f"{machine['processor']}, {machine['cores']} cores ({', '.join(machine['extensions'])}), {rows[0]['threads']} threads, "
         f'{shape}, 900 tokens in; a run, or the median of several where there is a "±", each in a fresh process:\n',
-        f"| | {jobs[forced]} | {_next_to(best)} | {' | '.join(list(jobs.values())[1:])} | first token, n=16 | peak memory, n=16 |",
+        f"| | {jobs[forced]} | {next_to(best)} | {' | '.join(list(jobs.values())[1:])} | first token, n=16 | peak memory, n=16 |",
         "|---" * (len(jobs) + 4) + "|",
     ]
-    for engine in sorted(engines, key=lambda each: _length(found[forced, each], best)):
-        cells = [_cell(found[job, engine]) if (job, engine) in found else "" for job in jobs]
+    for engine in sorted(engines, key=lambda each: length(found[forced, each], best)):
+        cells = [cell(found[job, engine]) if (job, engine) in found else "" for job in jobs]
         runs = found[forced, engine]
-        cells.insert(1, _in_turn(runs, best))
+        cells.insert(1, ratio(runs, best))
         first = np.median([run["requests"][0][0] for run in runs])
         peak = np.median([run["peak_mb"] for run in runs])
-        lines.append(f"| {engine} | {' | '.join(cells)} | {_seconds(first)} | {peak:,.0f} MB |")
+        lines.append(f"| {engine} | {' | '.join(cells)} | {in_seconds(first)} | {peak:,.0f} MB |")
     return "\n".join(lines) + "\n"
-
-
-def _is_ours(engine: str) -> bool:
-    return engine.startswith("ramekin")
-
-
-def _best(entries: Sequence[tuple[str, Rows]]) -> tuple[str, Rows]:
-    """The entry of the shortest job."""
-    return min(entries, key=lambda entry: _job_s(entry[1]), default=("", ()))
-
-
-def _length(runs: Rows, ours: tuple[str, Rows]) -> float:
-    """How long a job takes next to ours, or in seconds if there are none of ours."""
-    return times_as_long(runs, ours[1]) if ours[1] else _job_s(runs)
-
-
-def _next_to(ours: tuple[str, Rows]) -> str:
-    name, runs = ours
-    return name and f"{'in turn with' if any('call' in run for run in runs) else 'next to'} {name}"
-
-
-def _in_turn(runs: Rows, ours: tuple[str, Rows]) -> str:
-    return f"{_length(runs, ours):.2f} x" if ours[1] else ""
-
-
-def _cut(runs: Rows) -> str:
-    """What marks jobs of which the end was not seen."""
-    return "~" if any(run["cut"] for run in runs) else ""
-
-
-def _cell(runs: Rows) -> str:
-    spread = f" ± {_spread(runs):.0%}" if len(runs) > 1 else ""
-    return f"{_cut(runs)}{_seconds(_job_s(runs))}{spread}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value < 10 else f"{value:.1f} s"
-
-
-def _job_s(runs: Rows) -> float:
-    return float(np.median([run["job_s"] for run in runs]))
-
-
-def _spread(runs: Rows) -> float:
-    times = [run["job_s"] for run in runs]
-    return (max(times) - min(times)) / 2 / _job_s(runs)
 
 
 def _sizes(rows: Rows, engines: Sequence[str], found: Mapping[tuple[str, str], Rows]) -> str:
@@ -259,64 +212,8 @@ def _levers(found: Mapping[tuple[str, str], Rows]) -> str:
         "| | job | times as fast as the line before | as the first line |",
         "|---|---|---|---|",
     ]
-    rows = [(name, _job_s(runs), _cell(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name]
-    for place, (name, seconds, cell) in enumerate(rows):
+    rows = [(name, job_s(runs), cell(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name]
+    for place, (name, seconds, shown) in enumerate(rows):
         before = rows[max(0, place - 1)][1]
-        lines.append(f"| {name} | {cell} | {before / seconds:.2f} | {rows[0][1] / seconds:.2f} |")
+        lines.append(f"| {name} | {shown} | {before / seconds:.2f} | {rows[0][1] / seconds:.2f} |")
     return "\n".join(lines) + "\n"
-
-
-def _jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[str, str], Rows]) -> None:
-    """How long each engine takes next to ours, in the same rounds; logarithmic, since that differs a hundredfold."""
-    plt = pyplot(figure_path)
-    from matplotlib import ticker
-
-    jobs = [job for job in {**JOBS, **QUICK} if any(job == each for each, _ in found)]
-    shown = [job for job in jobs if job.startswith("900 n=")] or jobs
-    size = (3.2 * len(shown), 0.9 + 0.32 * len(engines))
-    figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, sharex=True)
-    places = {engine: place for place, engine in enumerate(reversed(engines))}
-    for axis, job in zip(axes[0], shown, strict=True):
-        _, ours = _best([(engine, runs) for (each, engine), runs in found.items() if each == job and _is_ours(engine)])
-        for engine, place in places.items():
-            if ours and (job, engine) in found:
-                runs = found[job, engine]
-                length, cut, colour = times_as_long(runs, ours), _cut(runs), "#c2410c" if _is_ours(engine) else "#94a3b8"
-                rounds = in_turn(runs, ours) or [length]
-                reach = [[length - min(rounds)], [max(rounds) - length]]
-                inside = "white" if cut else colour
-                axis.errorbar(length, place, xerr=reach, fmt="o", ms=5, color=colour, mfc=inside, elinewidth=0.8)
-                axis.annotate(
-                    f"{length:.2f} x", (length, place), (7, 0), textcoords="offset points", va="center", fontsize=7
-                )
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_minor_locator(ticker.NullLocator())
-        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-        axis.set_title(job, fontsize=10)
-        axis.set_yticks(list(places.values()), list(places) if axis is axes[0][0] else [""] * len(places), fontsize=8)
-        axis.tick_params(axis="x", labelsize=8)
-        axis.margins(x=0.3)
-        axis.grid(axis="y", lw=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("times as long as our fastest in the same rounds, logarithmic; hollow: extrapolated", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(figure_path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def _levers_plot(figure_path: Path, found: Mapping[tuple[str, str], Rows]) -> None:
-    """Job time as lever after lever is switched on."""
-    plt = pyplot(figure_path)
-    times = {name: (_job_s(runs), _cut(runs)) for name in LEVERS for (_, each), runs in found.items() if each == name}
-    figure, axis = plt.subplots(figsize=(7, 0.8 + 0.34 * len(times)))
-    for place, (name, (seconds, cut)) in enumerate(reversed(times.items())):
-        axis.barh(place, seconds, color="#c2410c")
-        axis.text(seconds * 1.01, place, f"{cut}{_seconds(seconds)}", va="center", fontsize=8)
-        axis.text(0, place, f"{name}  ", va="center", ha="right", fontsize=8)
-    axis.set_yticks([])
-    axis.set_xlabel("seconds for 16 samples of natural lengths after 900 tokens", fontsize=8)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(figure_path, metadata={"Date": None}, bbox_inches="tight")
-    plt.close(figure)

@@ -122,9 +122,10 @@ class T5Config:
                 "the weights have no tensor 'lm_head.weight', and config.json says that the embedding does not stand in "
                 "for it (tie_word_embeddings: false); is this a whole T5 with its decoder and head?"
             )
-        if self.scaled and self.model_type == "mt5" and not self.tied:
+        if self.scaled and self.model_type == "mt5" and not (self.tied and self.saved_by == 4):
             raise CheckpointError(
-                "config.json: scale_decoder_outputs is true, but transformers scales no mT5's; make it false"
+                "config.json: scale_decoder_outputs is true, but transformers scales no mT5's "
+                "(its release 4 tied ones alone); make it false"
             )
         if self.scaled is not None:
             return self.scaled

@@ -11,7 +11,7 @@ from typing import Any
 
 from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import SpecialTokens
-from ramekin.sampling import SamplingParams
+from ramekin.sampling import MOST_TOKENS, SamplingParams
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _SENTINELS, _MOST_SENTINELS = 100, 10_000
@@ -42,6 +42,11 @@ _RULES_WE_LACK = {  # of transformers' `generate`, with the values that change n
     "begin_suppress_tokens": None,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
+    "stop_strings": None,
+    "max_time": None,
+    "watermarking_config": None,
+    "dola_layers": None,
+    "top_h": None,
 }
 
 
@@ -70,7 +75,8 @@ def read_if_there(path: Path) -> dict[str, Any]:
 def read_generation(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """How a checkpoint is meant to generate: its `generation_config.json`.
 
-    Where there is none, transformers takes what its `config.json`, `raw`, says; before 4.26 it wrote nothing else.
+    Where there is none, transformers takes what its `config.json`, `raw`, says; before 4.26 it wrote nothing else. (That
+    transformers 4 prefers the latter if the file says `_from_model_config` is left to it: transformers 5 does not.)
     """
     path = folder / GENERATION
     return read_json(path) if path.is_file() else {name: value for name, value in raw.items() if value is not None}
@@ -90,10 +96,12 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
             stacklevel=2,
         )
     values = {name: generation[name] for name in _SAMPLING if generation.get(name) is not None}
+    lengths: dict[str, int] = {}  # of the whole sample, its start token included
     for name, old in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         length = generation.get(old)
         if isinstance(length, int) and length > 1 and (old, length) != _CHOSEN_BY_NOBODY:
-            values.setdefault(name, length - 1)  # the start token counts in the old ones
+            lengths[name] = min([length - 1, MOST_TOKENS, *lengths.values()])
+    values = {**lengths, **values}
     if "top_p" not in values and ("top_p" in generation or generation.get("do_sample") is True):
         values["top_p"] = 1.0  # no limit: files leave it out, and null is the same
     if "top_k" in generation and "top_k" not in values and str(generation.get("transformers_version")).startswith("4."):
@@ -105,7 +113,7 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
         SamplingParams(**values)
     except (TypeError, ValueError) as error:
         if generation.get("do_sample"):
-            raise CheckpointError(f"{GENERATION}: {error}") from None
+            raise CheckpointError(f"{GENERATION} or {CONFIG}: {error}") from None
     else:
         return values
     kept: dict[str, Any] = {}

@@ -233,9 +233,11 @@ class Engine:
         return np.concatenate([ids[: limit - 1], ids[-1:]]) if isinstance(source, str) else ids[:limit]
 
     def _checked(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-        if isinstance(ids, bytes) or not hasattr(ids, "__len__"):
+        if isinstance(ids, str):
+            raise TypeError("expected a list of token ids, not a text, which `score` takes")
+        if isinstance(ids, bytes | bytearray) or not (isinstance(ids, Sequence) or hasattr(ids, "__array__")):
             raise TypeError(f"expected a text or a list of token ids, not {type(ids).__name__}")
-        if len(ids) and isinstance(ids[0], str):
+        if isinstance(ids, Sequence) and any(isinstance(each, str) for each in ids[:1]):
             raise TypeError(
                 "expected one text, or a list of token ids; `generate_many` and `stream_many` take several texts"
             )

@@ -64,7 +64,8 @@ def info(model: Path, as_json: bool) -> None:
     lines = table(manifest.quality)
     if lines:
         papers = printable(str(manifest.quality.get("papers")))
-        write(f"\nnext to float32, at export, on papers of {papers}:")
+        papers = "built-in papers" if papers == "built-in" else f"papers of {papers}"
+        write(f"\nnext to float32, at export, on the {papers}:")
     for line in lines:
         write(line)
 

@@ -153,6 +153,8 @@ def _lines(text: str) -> Iterator[_Line]:
             unclosed[fence[1][0]] = min(unclosed[fence[1][0]], len(fence[1]))
         alone = not before.strip() or _HEADING.match(line)
         under = _UNDERLINE.match(after) if alone and _like_a_title(line) else None
+        if under and under[1].startswith("~") and len(under[1]) < len(line.strip()):  # reStructuredText's are no shorter
+            under = None
         if closed:
             yield from map(_Line, lines[place : closed + 1])
             place = closed

@@ -194,7 +194,7 @@ def _asked(
                 limit, count = engine.manifest.max_source_tokens, len(engine.tokenizer.encode(prompt))
                 raise InputError(f"{label}: {count} tokens, more than the limit of {limit}; nothing was run")
             say(f"{label}: {each.message}" if len(labels) > 1 else each.message)
-        asked.append(_Asked(item, ids, cut=bool(caught)))
+        asked.append(_Asked(item, ids, cut=any(issubclass(each.category, TruncationWarning) for each in caught)))
     return asked
 
 

@@ -25,10 +25,11 @@ Ids = npt.NDArray[np.int64]
 
 _NOT_NUMBERS = "the model computed logits that are not numbers; `ramekin verify` tells whether it is intact"
 _SPARE_CANDIDATES = 14  # ranked beyond top_k, so that ties at the k-th place are seen: 64 for the default of 50
+MOST_TOKENS = 1 << 20
 _INTEGERS = (  # with their ranges
     ("n", 1, 1 << 16),
-    ("max_new_tokens", 1, 1 << 20),
-    ("min_new_tokens", 0, 1 << 20),
+    ("max_new_tokens", 1, MOST_TOKENS),
+    ("min_new_tokens", 0, MOST_TOKENS),
     ("top_k", 0, 1 << 31),
     ("no_repeat_ngram_size", 0, 1 << 20),
 )

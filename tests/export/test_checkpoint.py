@@ -197,6 +197,7 @@ def drop_head(weights: dict[str, np.ndarray]) -> None:
 
 
 SCALED, PLAIN = 64**-0.5, 1.0
+TIED_BY_4 = {"tie_word_embeddings": True, "transformers_version": "4.57.6"}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +221,7 @@ SCALED, PLAIN = 64**-0.5, 1.0
         ("mt5", {"tie_word_embeddings": True, "transformers_version": "5.23.0"}, None, Head("lm_head.weight", PLAIN)),
         ("mt5", {"tie_word_embeddings": True, "transformers_version": "5.23.0"}, tie, Head("shared.weight", PLAIN)),
         ("mt5", {"tie_word_embeddings": True, "transformers_version": "4.57.6"}, drop_head, Head("shared.weight", SCALED)),
+        ("mt5", TIED_BY_4 | {"scale_decoder_outputs": True}, drop_head, Head("shared.weight", SCALED)),
     ],
 )
 def test_heads(copy: Callable[[str], Path], variant: str, config: dict[str, Any], weights: Any, expected: Head) -> None:
@@ -264,14 +266,20 @@ def test_embeddings_that_differ_are_refused(copy: Callable[[str], Path]) -> None
     folder = copy("flan")
     edit_weights(folder, lambda weights: weights.update({"decoder.embed_tokens.weight": weights["shared.weight"].copy()}))
     logits_of(folder)
-    edit_weights(folder, lambda weights: weights.update({"decoder.embed_tokens.weight": weights["shared.weight"] * 2}))
+
+    def differ(weights: dict[str, np.ndarray]) -> None:
+        weights["encoder.embed_tokens.weight"] = weights["shared.weight"].copy()
+        weights["decoder.embed_tokens.weight"][-1, -1] += 1
+
+    edit_weights(folder, differ)
     with pytest.raises(CheckpointError, match=r"'shared.weight' and 'decoder.embed_tokens.weight' differ"):
         logits_of(folder)
 
 
-def test_an_mt5_that_wants_to_be_scaled_is_refused(copy: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("tied_by", [{}, TIED_BY_4 | {"transformers_version": "5.23.0"}])
+def test_an_mt5_that_wants_to_be_scaled_is_refused(tied_by: dict[str, Any], copy: Callable[[str], Path]) -> None:
     folder = copy("mt5")
-    edit_config(folder, scale_decoder_outputs=True)
+    edit_config(folder, scale_decoder_outputs=True, **tied_by)
     with pytest.raises(CheckpointError, match="scale_decoder_outputs is true, but transformers scales no mT5's"):
         head_of(folder)
 
@@ -346,7 +354,10 @@ def index(content: str) -> Callable[[Path], None]:
         (no_file("spiece.model"), "no spiece.model and no tokenizer.json"),
         (text("config.json", "{"), "config.json: cannot be read"),
         (text("config.json", "[]"), "expected a JSON object"),
-        (text("generation_config.json", '{"top_p": 7, "do_sample": true}'), "generation_config.json: top_p must be"),
+        (
+            text("generation_config.json", '{"top_p": 7, "do_sample": true}'),
+            "generation_config.json or config.json: top_p must be",
+        ),
         (text("tokenizer.json", '{"added_tokens":[{"id":1}]}'), "its tokenizer files are not as transformers writes them"),
         (text("tokenizer_config.json", '{"extra_ids": "many"}'), "its tokenizer files are not"),
         (text("tokenizer_config.json", "{"), "tokenizer_config.json: cannot be read"),

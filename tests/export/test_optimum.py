@@ -229,6 +229,17 @@ def test_converted_it_is_ours(variant: str, folder: Fold, exported: Callable[[st
     assert np.array_equal(Engine.load(tmp_path / "out", threads=2).logits(source, target), expected)
 
 
+def test_the_checkpoints_own_settings(folder: Fold, tmp_path: Path) -> None:
+    """Of `generation_config.json` and, without it, of `config.json`."""
+    copy = Path(shutil.copytree(folder("flan", "merged"), tmp_path / "model"))
+    (copy / "generation_config.json").write_text('{"top_k": 7}')
+    assert Engine.load(copy).manifest.generation == {"top_k": 7}
+    (copy / "generation_config.json").unlink()
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"top_k": 9}))
+    assert Engine.load(copy).manifest.generation == {"top_k": 9}
+
+
 def test_what_is_quantized_is_not_converted(folder: Fold, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["convert", str(folder("flan", "int8")), str(tmp_path / "out")])
     assert "not a float32 export" in str(result.exception)

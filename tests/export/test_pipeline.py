@@ -19,7 +19,7 @@ import pytest
 
 from ramekin import Engine, RuntimeVersionError, SamplingParams
 from ramekin.cli import main
-from ramekin.config_files import generation_defaults
+from ramekin.config_files import generation_defaults, read_generation
 from ramekin.errors import FormatVersionError
 from ramekin.golden import check
 from ramekin.manifest import FileRecord, Manifest
@@ -330,6 +330,12 @@ def test_settings_that_mean_nothing_without_sampling(checkpoint: Callable[[str],
             {"max_length": 512, "max_new_tokens": 40, "min_length": 9, "min_new_tokens": 3},
             {"max_new_tokens": 40, "min_new_tokens": 3},
         ),
+        ({"max_length": 2}, {"max_new_tokens": 1}),
+        (
+            {"max_length": 10, "min_length": 30, "do_sample": True, "top_p": 0.9},
+            {"max_new_tokens": 9, "min_new_tokens": 9, "top_p": 0.9},
+        ),
+        ({"max_length": 10**9}, {"max_new_tokens": 1 << 20}),
         ({"max_length": 20, "min_length": 20}, {"min_new_tokens": 19}),  # 20 is what nobody chose
         ({"max_length": "many", "min_length": 1}, {}),
         ({"do_sample": True, "top_k": 7}, {"top_k": 7, "top_p": 1.0}),  # what a file leaves out is transformers' default
@@ -345,11 +351,29 @@ def test_generation_settings_that_need_a_second_look(settings: dict[str, object]
     assert generation_defaults(settings) == expected
 
 
-def test_rules_that_we_do_not_have_are_told_of() -> None:
-    nothing = {"num_beams": 1, "typical_p": 1.0, "bad_words_ids": [], "sequence_bias": {}, "suppress_tokens": None}
-    assert generation_defaults(nothing) == {}  # warnings are errors here
-    with pytest.warns(UserWarning, match=r"asks for num_beams, bad_words_ids, which ramekin has not"):
-        generation_defaults({**nothing, "num_beams": 4, "bad_words_ids": [[5]]})
+@pytest.mark.parametrize(
+    ("rule", "nothing", "something"),
+    [
+        ("num_beams", 1, 4),
+        *((name, 1.0, 0.9) for name in ("typical_p", "guidance_scale", "encoder_repetition_penalty")),
+        *((name, 0, 3) for name in ("epsilon_cutoff", "eta_cutoff", "penalty_alpha", "encoder_no_repeat_ngram_size")),
+        *((name, [], [5]) for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings")),
+        *((name, None, 5) for name in ("forced_bos_token_id", "forced_eos_token_id", "max_time", "top_h", "dola_layers")),
+        *((name, {}, {"a": 1}) for name in ("sequence_bias", "watermarking_config", "exponential_decay_length_penalty")),
+    ],
+)
+def test_rules_that_we_do_not_have_are_told_of(rule: str, nothing: object, something: object) -> None:
+    assert generation_defaults({rule: nothing}) == {}  # warnings are errors here
+    with pytest.warns(UserWarning, match=rf"asks for {rule}, which ramekin has not"):
+        generation_defaults({rule: something})
+
+
+def test_nulls_in_a_config_are_no_settings(tmp_path: Path) -> None:
+    """In a generation config they are: see above."""
+    raw = {"top_k": None, "top_p": None, "transformers_version": "4.57.6", "num_beams": None}
+    assert generation_defaults(read_generation(tmp_path, raw)) == {}
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert read_generation(tmp_path, {"top_p": 0.5}) == {}
 
 
 def test_added_tokens_of_old(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

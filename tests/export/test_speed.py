@@ -26,7 +26,7 @@ from benchmarks.goals import Goal, section
 from benchmarks.jobs import NATURAL, QUICK, Request, forced
 from benchmarks.results import good_runs, read, times_as_long
 from benchmarks.speed import Plan, _job_time
-from benchmarks.speed_page import page
+from benchmarks.speed_page import page, summary
 from ramekin_export.cli import EXAMPLES
 
 _GOAL = Goal("16 samples", goal=25.0, floor=13.0, unit="x", reached=None)
@@ -315,6 +315,44 @@ def test_next_to_a_peer_only_rounds_in_turn_count() -> None:
     rows = rows[:9]
     alone = [row for row in rows if row["engine"] == "ramekin int8" or row["call"] == "b"]
     assert any("| 3.20 x | floor |" in line for line in section(good_runs(alone), []).splitlines())
+
+
+def test_tables_are_in_the_order_of_rounds_in_turn(tmp_path: Path) -> None:
+    """Medians would put the peer that ran in the slow hour alone behind the other one, and old results know no turns."""
+
+    def written(*rows: dict[str, Any]) -> Path:
+        machine = {"processor": "p", "cores": 2, "extensions": ["avx2"]}
+        head = {"machine": machine, "model": "m", "random": True, "threads": 2, "limit_s": 30.0}
+        ceiling = {"ceiling": dict.fromkeys(("bandwidth", "int8", "float32"), 1e9)}
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (head, ceiling, *rows)))
+        return tmp_path / "results.jsonl"
+
+    def run(engine: str, call: str | None, job_s: float) -> dict[str, Any]:
+        timed = {"job_s": job_s, "requests": [[job_s / 2, job_s]], "cut": False, "peak_mb": 1.0, "cold_start_s": job_s}
+        row = {"engine": engine, "job": "900 n=16", "round": 0, **timed, "import_s": 0.0, "load_s": 0.0}
+        return row if call is None else {**row, "call": call}
+
+    ours = [
+        run("ramekin int4", "slow", 5.0),
+        run("ramekin int8", "slow", 4.0),
+        run("ramekin int8", "b", 1.0),
+        run("ramekin int8", "c", 1.0),
+    ]
+    peers = [run("CTranslate2 int8", "slow", 8.0), run("OpenVINO int8", "b", 3.0), run("optimum int8", "d", 2.5)]
+    for table in (page(written(*ours, *peers)), summary(written(*ours, *peers))):
+        lines = [line.split(" | ") for line in table.splitlines() if re.match(r"\| .*\d s ", line)]
+        shown = [(line[0].strip("| ").partition(" (")[0], line[2]) for line in lines[:5]]
+        by_turns = [("ramekin int8", "1.00 x"), ("ramekin int4", "1.25 x"), ("CTranslate2 int8", "2.00 x")]
+        assert shown == [*by_turns, ("optimum int8", ""), ("OpenVINO int8", "3.00 x")]
+        assert "| in turn with ramekin int8 |" in table
+    old = page(written(run("ramekin int8", None, 1.0), run("optimum int8", None, 2.0)))
+    assert "| next to ramekin int8 |" in old
+    assert "| 2.00 s | 2.00 x |" in old
+    assert '"Next to" compares medians' in old
+    peers_alone = page(written(*peers))
+    assert (
+        peers_alone.index("| optimum int8 |") < peers_alone.index("| OpenVINO int8 |") < peers_alone.index("| CTranslate2")
+    )
 
 
 @pytest.mark.parametrize("name", list(ENGINES))

@@ -52,7 +52,7 @@ def test_quality_is_in_the_manifest(demo: Path) -> None:
 def test_info_shows_it(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["info", str(demo / "int8")])
     output = capsys.readouterr().out
-    assert "next to float32, at export, on papers.jsonl papers:" in output
+    assert "next to float32, at export, on the papers of papers.jsonl:" in output
     assert "KL mean" in output
     assert "to 64 tokens" in output
 
@@ -161,8 +161,9 @@ def test_what_was_not_compared_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert "not compared with float32; `ramekin verify --reference` does that\n" in capsys.readouterr().err
     cli.main(["export", str(CHECKPOINT), str(tmp_path / "half"), "--precision", "fp16", "--no-verify"])
     assert "`ramekin verify --reference` does that on a GPU\n" in capsys.readouterr().err
-    cli.main(["export", str(CHECKPOINT), str(tmp_path / "exact"), "--precision", "fp32"])
-    assert "not compared" not in capsys.readouterr().err
+    for exact in ("fp32", "fp32-cuda"):
+        cli.main(["export", str(CHECKPOINT), str(tmp_path / exact), "--precision", exact, "--no-verify"])
+        assert "not compared" not in capsys.readouterr().err
 
 
 def test_float32_is_its_own_reference(tmp_path: Path) -> None:

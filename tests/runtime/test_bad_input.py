@@ -424,10 +424,15 @@ def test_every_cut_prompt_is_told(tmp_path: Path) -> None:
     assert "prompt 1: 9 tokens, more than the limit of 4; nothing was run" in err
 
 
-def test_files_that_cannot_be_read_are_failed_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_read_are_failed_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the status that a file has that is not there; whether it can be read is for those to tell who open it."""
+    (tmp_path / "prompt").write_text("a text")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert run("info", str(TINY_MODEL))[0] == 0
+    for command in (["info"], ["verify"], ["bench", "-n", "1", "--source", "2", "--tokens", "2", "--threads", "1"]):
+        assert run(*command, str(TINY_MODEL))[0] == 0, command
+    assert run("generate", str(TINY_MODEL), str(tmp_path / "prompt"))[0] == 0
+    status, _, err = run("questions", str(TINY_MODEL), str(tmp_path / "prompt"))
+    assert (status, "not a paper" in err) == (1, True)
 
 
 def test_a_prompt_with_half_a_surrogate_pair(tmp_path: Path) -> None:

@@ -43,6 +43,10 @@ def test_help_names_every_command() -> None:
         status, out, _ = run(command, "--help")
         assert status == 0
         assert "Usage: ramekin" in out
+    out = run("generate", "--help")[1]
+    assert (
+        out.index(" -n ") < out.index(" --top-k ") < out.index(" --stop ") < out.index(" --threads ") < out.index(" --json ")
+    )
 
 
 def test_examples_stand_on_lines_of_their_own() -> None:

@@ -112,11 +112,15 @@ def test_what_is_wrong_is_told_at_once(engine: Engine) -> None:
         engine.stream(PROMPT, {"n": 4})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`generate_many` and `stream_many` take several texts"):
         engine.stream(["a", "b"])  # type: ignore[list-item]
-    for nothing in (None, 5, b"a"):
+    for nothing in (None, 5, b"a", bytearray(b"a"), {5}, {"input_ids": [5]}):
         with pytest.raises(TypeError, match=f"a list of token ids, not {type(nothing).__name__}"):
             engine.stream(nothing)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a list of token ids, not int"):
         engine.generate_many(b"abc")
+    with pytest.raises(TypeError, match="a list of token ids, not a text, which `score` takes"):
+        engine.logits([5, 1], "a text")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="token ids must be"):
+        engine.stream(np.array(5))
 
 
 def test_a_stream_that_nobody_reads_to_its_end(engine: Engine) -> None:

@@ -58,6 +58,11 @@ def test_papers_in_every_form(text: str, tmp_path: Path) -> None:
     assert Paper.read(path) == EXPECTED
 
 
+def test_code_below_a_short_line() -> None:
+    text = "Abstract\n\nWe do.\n\nIntroduction\n\nMuch has.\n\nListing one\n~~~\nprint(1)\n~~~\n\nThe end."
+    assert Paper.parse(text).introduction == "Much has. Listing one ~~~ print(1) ~~~ The end."
+
+
 @pytest.mark.parametrize(
     ("text", "introduction"),
     [
