@@ -16,7 +16,10 @@ from __future__ import annotations
 
 
 class RamekinError(Exception):
-    """Base of every error that ramekin raises on purpose, but for wrong arguments (`ValueError`, `TypeError`)."""
+    """Base of every error that ramekin raises on purpose, but for wrong arguments (`ValueError`, `TypeError`).
+
+    An export whose folder is taken raises `FileExistsError`.
+    """
 
 
 class ModelNotFoundError(RamekinError, FileNotFoundError):
