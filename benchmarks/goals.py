@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.cells import is_ours
 from benchmarks.results import Figure, by_round, job_time
 
 Runs = Sequence[Mapping[str, Any]]
@@ -190,11 +191,11 @@ def _ratio(found: Found, job: str, figure: Figure, peers: Sequence[str] = ()) ->
     took part in. Of several, `by` names the one that was the fastest most often.
     """
     medians = _medians(found, job, figure)
-    ours = {engine: value for engine, value in medians.items() if engine.startswith("ramekin")}
+    ours = {engine: value for engine, value in medians.items() if is_ours(engine)}
     others = {engine: value for engine, value in medians.items() if engine in (peers or medians.keys() - ours.keys())}
     if not ours or not others:
         return _Ratio()
-    best, *_ = sorted(ours, key=lambda name: ours[name])
+    best = min(ours, key=lambda name: ours[name])
     ranked = sorted(others, key=lambda name: others[name])
     mine, theirs = by_round(found[job, best], figure), {name: by_round(found[job, name], figure) for name in ranked}
     rounds = [each for each in mine if any(each in theirs[name] for name in ranked[:2])]
@@ -208,6 +209,6 @@ def _ratio(found: Found, job: str, figure: Figure, peers: Sequence[str] = ()) ->
 
 def _least(found: Found, job: str, figure: Figure) -> tuple[float | None, str]:
     """Our least figure, and which precision has it."""
-    ours = {engine: value for engine, value in _medians(found, job, figure).items() if engine.startswith("ramekin")}
+    ours = {engine: value for engine, value in _medians(found, job, figure).items() if is_ours(engine)}
     best = min(ours, key=lambda name: ours[name], default=None)
     return (None, "") if best is None else (ours[best], best)

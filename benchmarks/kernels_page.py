@@ -25,7 +25,7 @@ def section(rows: Sequence[Row]) -> str:
     calls = [f"{row['call'][:10]}, commit {row['commit']}" for row in rows if "commit" in row and row["call"] in called]
     parts = [
         "## Kernel by kernel\n",
-        f"A job of {head['tokens']} tokens after {head['source']}, under onnxruntime's profiler, which adds some microseconds to every node, in an hour of its own: shares compare with the tables above, times do not "
+        f"A job of {head['tokens']} tokens after {head['source']}, under onnxruntime's profiler, which adds some microseconds to every node, in an hour of its own, so that times are not those of the tables above "
         f"({'; '.join(calls) or 'commit not known'}). The least is what reading the weights, keys and values once takes, or multiplying, whichever takes longer, at the rates "
         f"that this machine reached in the same process ({rates['bandwidth'] / 1e9:.1f} GB/s, {rates['int8'] / 1e9:,.0f} G int8 and "
         f"{rates['float32'] / 1e9:,.0f} G float32 operations per second in the first of these jobs). Times are medians: of five prompts, of all "

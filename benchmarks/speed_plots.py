@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.cells import best_of, cut, in_seconds, is_ours, job_s
+from benchmarks.cells import best_of, cut, in_seconds, is_ours, job_s, next_to, ratio
 from benchmarks.engines import LEVERS
 from benchmarks.jobs import JOBS, QUICK
 from benchmarks.plotting import pyplot
@@ -13,7 +13,7 @@ from benchmarks.results import Rows, in_turn, times_as_long
 
 
 def jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[str, str], Rows]) -> None:
-    """How long each engine takes next to ours, in the same rounds; logarithmic, since that differs a hundredfold."""
+    """How long each engine takes next to our fastest, as in the tables; logarithmic, since that differs a hundredfold."""
     plt = pyplot(figure_path)
     from matplotlib import ticker
 
@@ -23,18 +23,18 @@ def jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[st
     figure, axes = plt.subplots(1, len(shown), figsize=size, squeeze=False, sharex=True)
     places = {engine: place for place, engine in enumerate(reversed(engines))}
     for axis, job in zip(axes[0], shown, strict=True):
-        _, ours = best_of([(engine, runs) for (each, engine), runs in found.items() if each == job and is_ours(engine)])
+        best = best_of([(engine, runs) for (each, engine), runs in found.items() if each == job and is_ours(engine)])
         for engine, place in places.items():
-            if ours and (job, engine) in found:
-                runs = found[job, engine]
-                length, colour = times_as_long(runs, ours), "#c2410c" if is_ours(engine) else "#94a3b8"
-                rounds = in_turn(runs, ours) or [length]
+            runs = found.get((job, engine), ())
+            label = ratio(runs, best) if runs else ""
+            if label:
+                length, colour = times_as_long(runs, best[1]), "#c2410c" if is_ours(engine) else "#94a3b8"
+                rounds = in_turn(runs, best[1]) or [length]
                 reach = [[length - min(rounds)], [max(rounds) - length]]
                 inside = "white" if cut(runs) else colour
                 axis.errorbar(length, place, xerr=reach, fmt="o", ms=5, color=colour, mfc=inside, elinewidth=0.8)
-                axis.annotate(
-                    f"{length:.2f} x", (length, place), (7, 0), textcoords="offset points", va="center", fontsize=7
-                )
+                axis.annotate(label, (length, place), (7, 0), textcoords="offset points", va="center", fontsize=7)
+        axis.set_xlabel(next_to(best), fontsize=8)
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_minor_locator(ticker.NullLocator())
@@ -45,7 +45,7 @@ def jobs_plot(figure_path: Path, engines: Sequence[str], found: Mapping[tuple[st
         axis.margins(x=0.3)
         axis.grid(axis="y", lw=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("times as long as our fastest in the same rounds, logarithmic; hollow: extrapolated", fontsize=8)
+    figure.supxlabel("how many times as long, logarithmic; hollow: extrapolated", fontsize=8)
     figure.tight_layout()
     figure.savefig(figure_path, metadata={"Date": None})
     plt.close(figure)

@@ -335,6 +335,10 @@ def test_settings_that_mean_nothing_without_sampling(checkpoint: Callable[[str],
             {"max_length": 10, "min_length": 30, "do_sample": True, "top_p": 0.9},
             {"max_new_tokens": 9, "min_new_tokens": 9, "top_p": 0.9},
         ),
+        (
+            {"max_new_tokens": 40, "min_length": 60, "do_sample": True, "top_p": 0.9},
+            {"max_new_tokens": 40, "min_new_tokens": 40, "top_p": 0.9},
+        ),
         ({"max_length": 10**9}, {"max_new_tokens": 1 << 20}),
         ({"max_length": 20, "min_length": 20}, {"min_new_tokens": 19}),  # 20 is what nobody chose
         ({"max_length": "many", "min_length": 1}, {}),
