@@ -18,6 +18,9 @@ from ramekin_export.decoder import CROSS_ATTENTION, cross_attention_at, self_att
 from ramekin_export.graph import GraphBuilder, Shape
 from ramekin_export.reach import Reach
 
+OPSET = 21
+"""Of the compact graphs: the first in which `QuantizeLinear` has a scale for each row."""
+
 REACH = 84
 """So many of 127 units the largest value takes that was seen: other texts may go half as far again before anything is cut.
 With 64, twice as far, the larger model's divergence rises by 15 % instead of 4 to 7 %: `docs/log.md`."""
@@ -28,6 +31,7 @@ _LEAST = np.float32(1e-30)  # of a channel that is zero everywhere
 # Channels that reach less far, next to the farthest of their layer, count as this far: values, and queries and keys, of
 # which one may be small because the other is large.
 _NARROWEST, _EVENED = np.float32(1e-3), np.float32(1e-9)
+_WHOLE_ROW = 1 << 30  # a block of at least this many values has one scale
 _SCALES = 12, 13  # the places of keys' and values' scales among the inputs of GroupQueryAttention
 _IN_INT8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8, "causal": 0}
 
@@ -95,8 +99,9 @@ def add_compact(folder: Path, manifest: Manifest, units: Units) -> Manifest:
     Returns:
         The manifest with the new files in it, not saved.
     """
-    build_compact_encoder(*GraphBuilder.read(folder / ENCODER), manifest.dims, units).save(folder / COMPACT_ENCODER)
-    build_compact_decoder(*GraphBuilder.read(folder / DECODER), manifest.dims, units).save(folder / COMPACT_DECODER)
+    dims = manifest.dims
+    build_compact_encoder(*GraphBuilder.read(folder / ENCODER, OPSET), dims, units).save(folder / COMPACT_ENCODER)
+    build_compact_decoder(*GraphBuilder.read(folder / DECODER, OPSET), dims, units).save(folder / COMPACT_DECODER)
     records = {name: FileRecord.of(folder / name) for name in (COMPACT_ENCODER, COMPACT_DECODER)}
     return replace(manifest, files={**manifest.files, **records})
 
@@ -197,7 +202,6 @@ def _attention(g: GraphBuilder, dims: Dims, units: Units, i: int, query: str) ->
     """Attention of queries in units, `(n, 1, heads * head_dim)`, to the prompt: both products are of integers."""
     at, (keys, values) = cross_attention_at(i), cross_names(dims.decoder_layers)[2 * i : 2 * i + 2]
     one, middle = g.constant("one_float", 1, np.float32), g.constant("middle", 128, np.uint8)
-    zero = g.constant("none", 0, np.uint8)
     small = g.node("QuantizeLinear", [query, one, middle], f"{at}.units")
     folded = g.node("Reshape", [small, g.constant("rows", [-1, dims.num_heads, dims.head_dim])], f"{at}.folded")
     rows = g.node("Transpose", [folded], f"{at}.rows", perm=[1, 0, 2])  # (heads, n, head_dim)
@@ -206,13 +210,11 @@ def _attention(g: GraphBuilder, dims: Dims, units: Units, i: int, query: str) ->
     shares = g.node("Softmax", [scores], f"{at}.shares", axis=-1)
     # The largest share of each sample and head becomes 127 units: with one scale for all, even attention would get none.
     largest = g.node("ReduceMax", [shares, g.constant("last_axis", [-1])], f"{at}.largest")
-    per_share = g.node("Div", [g.constant("share_units", SHARES, np.float32), largest], f"{at}.per_share")
-    small = g.node("QuantizeLinear", [g.node("Mul", [shares, per_share], f"{at}.spread"), one, zero], f"{at}.share_units")
-    unit = g.constant("share_unit", 1 / SHARES, np.float32)
-    mixed = g.node(
-        "MatMulIntegerToFloat", [small, values, unit, f"{values}_scale", zero, f"{values}_zero"], f"{at}.mixed_units"
-    )
-    mixed = g.node("Mul", [mixed, largest], f"{at}.mixed")
+    unit = g.node("Mul", [largest, g.constant("share_unit", 1 / SHARES, np.float32)], f"{at}.unit")
+    small = g.node("QuantizeLinear", [shares, unit], f"{at}.share_units", axis=-1, block_size=_WHOLE_ROW)
+    scales = [one, f"{values}_scale", "", f"{values}_zero"]
+    mixed = g.node("MatMulIntegerToFloat", [small, values, *scales], f"{at}.mixed_units")
+    mixed = g.node("Mul", [mixed, unit], f"{at}.mixed")
     by_sample = g.node("Transpose", [mixed], f"{at}.by_sample", perm=[1, 0, 2])
     flat = g.node("Reshape", [by_sample, g.constant("unfold", [-1, 1, dims.inner])], f"{at}.flat")
     g.node("Add", [flat, g.constant(f"{at}.means", units.means[i].reshape(-1), np.float32)], f"{at}.heads")

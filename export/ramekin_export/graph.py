@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 import ramekin
 
 OPSET = 18
-_IR_VERSIONS = {18: 9, 24: 11}
+_IR_VERSIONS = {18: 9, 21: 10, 24: 11}
 MICROSOFT = "com.microsoft"
 _MICROSOFT_OPS = {
     "FastGelu",
@@ -86,10 +86,9 @@ class GraphBuilder:
         self._folder = Path()
 
     @classmethod
-    def read(cls, path: Path) -> tuple[GraphBuilder, list[onnx.NodeProto]]:
+    def read(cls, path: Path, opset: int) -> tuple[GraphBuilder, list[onnx.NodeProto]]:
         """A graph with inputs, outputs and weights of a file but no nodes yet, and the file's nodes, to be added to it."""
         model = onnx.load(path, load_external_data=False)
-        opset = next(each.version for each in model.opset_import if not each.domain)
         g = cls(model.graph.name, None, opset)
         g._folder = path.parent
         g._inputs = {each.name: each for each in model.graph.input}

@@ -32,7 +32,7 @@ from ramekin.manifest import (
 from ramekin.model import COMPACT_RUNTIMES
 from ramekin.tensors import compact_shapes, compact_type, past_names, present_names
 from ramekin_export.checkpoint import Checkpoint
-from ramekin_export.compact import REACH, SHARES, Units, _attention, add_compact
+from ramekin_export.compact import OPSET, REACH, SHARES, Units, _attention, add_compact
 from ramekin_export.decoder import CROSS_ATTENTION, cross_attention_at, self_attention_at
 from ramekin_export.graph import GraphBuilder
 from ramekin_export.pipeline import export
@@ -266,7 +266,7 @@ def test_shares_too_small_for_a_unit_are_not_lost(
     dims = Dims(vocab_size=9, d_model=96, d_ff=9, num_heads=heads, head_dim=width, encoder_layers=1, decoder_layers=1)
     rng = np.random.default_rng(0)
     means = rng.normal(size=(1, heads, width)).astype(np.float32) * 3
-    g = GraphBuilder("attention", None)
+    g = GraphBuilder("attention", None, OPSET)
     query = g.input("query", np.float32, ["n", 1, heads * width])
     for name, shape in compact_shapes(dims, "source").items():
         g.input(name, compact_type(name), shape)
