@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The reference of the tests. Plain torch brings gigabytes of CUDA: where pip offers a CPU build, this takes it.
 TORCH ?= torch==2.13.0
+# Neither tests nor benchmarks tell onnxruntime's makers of themselves.
+export ORT_DISABLE_TELEMETRY = 1
 
 PIP = -m pip --disable-pip-version-check -q install
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -100,4 +101,6 @@ def _rest(result: Result) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(page(json.loads(Path(sys.argv[1]).read_text("utf-8"))))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    sys.stdout.write(page(json.loads(parser.parse_args().results.read_text("utf-8"))))
