@@ -32,7 +32,7 @@ from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
 from ramekin import Engine, SamplingParams
 from ramekin.bench import Job, Timing
 from ramekin.bench import run as run_ours
-from ramekin.manifest import DECODER, PROVIDERS, Manifest
+from ramekin.manifest import DECODER, MOST_SOURCE_TOKENS, PROVIDERS, Manifest
 from ramekin.session import onnxruntime
 from ramekin_export.fidelity import compare_rows
 from ramekin_export.pipeline import export
@@ -70,8 +70,8 @@ class Suite:
         return dict(zip(wanted, made, strict=True))
 
     def ours(self, precision: str, provider: str) -> Engine:
-        """An engine of ours."""
-        return Engine.load(self._folder / precision, provider)
+        """An engine of ours, which cuts no prompt: no peer does."""
+        return Engine.load(self._folder / precision, provider, max_source_tokens=MOST_SOURCE_TOKENS)
 
     def peer(self, kind: str) -> Any:
         """A model of transformers: float32, bfloat16, fp4 or nf4."""

@@ -73,11 +73,13 @@ def measure(folder: Path, job: Job, threads: int) -> dict[str, Any]:
     """Profile a job, and time it without the profiler.
 
     Raises:
-        RamekinError: the folder cannot be loaded, or is not of our own graphs.
+        RamekinError: the folder cannot be loaded, or is not of our own graphs for CPUs.
     """
-    engine = Engine.load(folder, threads=threads)
-    if engine.manifest.layout == "optimum":
-        raise RamekinError(f"{folder}: is of optimum's exporter, and only our own graphs tell what their nodes do")
+    engine = Engine.load(folder, threads=threads, max_source_tokens=job.source)
+    if engine.manifest.layout != "ramekin":
+        raise RamekinError(
+            f"{folder}: only our own graphs for CPUs tell what their nodes do, not {engine.manifest.layout}'s"
+        )
     profiled = _profiled(engine, folder, job, threads)
     timing = run(engine, job)
     measured = {"first_token_s": timing.first_token_s, "step_ms": timing.step_p50_ms, "job_s": timing.job_s}

@@ -21,7 +21,7 @@ from ramekin.errors import CheckpointError
 from ramekin.manifest import MANIFEST, Dims, FileRecord
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.paper import valid_text
-from ramekin_export.traced import read_traced
+from ramekin_export.traced import Reader, read_traced
 
 _ADAPTER = "adapter_config.json"
 _MERGE = "merge them with peft (`merge_and_unload`), save the whole model and export that"
@@ -140,9 +140,6 @@ class Checkpoint:
                     "transformers disagree on this checkpoint"
                 )
         return array
-
-
-Reader = Callable[[str], npt.NDArray[Any]]
 
 
 def _open_weights(folder: Path) -> tuple[dict[str, Reader], dict[str, str]]:

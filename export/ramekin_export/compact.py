@@ -19,7 +19,7 @@ from ramekin_export.graph import GraphBuilder, Shape
 from ramekin_export.reach import Reach
 
 OPSET = 21
-"""Of the compact graphs: the first in which `QuantizeLinear` has a scale for each row."""
+"""Of the compact graphs: the first whose `QuantizeLinear` has scales of blocks, so that each sample and head has its own."""
 
 REACH = 84
 """So many of 127 units the largest value takes that was seen: other texts may go half as far again before anything is cut.
@@ -31,7 +31,7 @@ _LEAST = np.float32(1e-30)  # of a channel that is zero everywhere
 # Channels that reach less far, next to the farthest of their layer, count as this far: values, and queries and keys, of
 # which one may be small because the other is large.
 _NARROWEST, _EVENED = np.float32(1e-3), np.float32(1e-9)
-_WHOLE_ROW = 1 << 30  # a block of at least this many values has one scale
+_WHOLE_ROW = 1 << 30  # values that share a scale at the most: as many as the longest prompt has tokens
 _SCALES = 12, 13  # the places of keys' and values' scales among the inputs of GroupQueryAttention
 _IN_INT8 = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8, "causal": 0}
 
@@ -212,8 +212,8 @@ def _attention(g: GraphBuilder, dims: Dims, units: Units, i: int, query: str) ->
     largest = g.node("ReduceMax", [shares, g.constant("last_axis", [-1])], f"{at}.largest")
     unit = g.node("Mul", [largest, g.constant("share_unit", 1 / SHARES, np.float32)], f"{at}.unit")
     small = g.node("QuantizeLinear", [shares, unit], f"{at}.share_units", axis=-1, block_size=_WHOLE_ROW)
-    scales = [one, f"{values}_scale", "", f"{values}_zero"]
-    mixed = g.node("MatMulIntegerToFloat", [small, values, *scales], f"{at}.mixed_units")
+    inputs = [small, values, one, f"{values}_scale", "", f"{values}_zero"]
+    mixed = g.node("MatMulIntegerToFloat", inputs, f"{at}.mixed_units")
     mixed = g.node("Mul", [mixed, unit], f"{at}.mixed")
     by_sample = g.node("Transpose", [mixed], f"{at}.by_sample", perm=[1, 0, 2])
     flat = g.node("Reshape", [by_sample, g.constant("unfold", [-1, 1, dims.inner])], f"{at}.flat")

@@ -87,7 +87,10 @@ class GraphBuilder:
 
     @classmethod
     def read(cls, path: Path, opset: int) -> tuple[GraphBuilder, list[onnx.NodeProto]]:
-        """A graph with inputs, outputs and weights of a file but no nodes yet, and the file's nodes, to be added to it."""
+        """A graph with inputs, outputs and weights of a file but no nodes yet, and the file's nodes, to be added to it.
+
+        It is of `opset`, in which these nodes have to mean what they do in the file's own.
+        """
         model = onnx.load(path, load_external_data=False)
         g = cls(model.graph.name, None, opset)
         g._folder = path.parent

@@ -110,17 +110,19 @@ class Int8TwoBytes:
     def __call__(self, g: GraphBuilder, x: str, weights: Mapping[str, Floats]) -> list[str]:
         """Project `x (n, 1, in)` by each of the weights `(out, in)`, called after the values that they make."""
         at, middle = f"{next(iter(weights))}.input", g.constant("middle", 128, np.uint8)
+        coarse, fine = g.constant("coarse_step", _COARSE, np.float32), g.constant("fine_step", _FINE, np.float32)
         width = next(iter(weights.values())).shape[1]
-        steps = np.array([_COARSE, _FINE]) * math.sqrt(width)  # of a row whose root mean square is 1
-        named = zip((f"coarse_step_{width}", f"fine_step_{width}"), steps, strict=True)
-        coarse, fine = (g.constant(name, step, np.float32) for name, step in named)
-        gain, names = g.constant(f"ones_{width}", np.ones(width), np.float32), [f"{at}.unit", f"{at}.factor"]
+        root = math.sqrt(width)  # so many root mean squares are a row's norm
+        gain = g.constant(f"one_by_root_{width}", np.full(width, 1 / root), np.float32)
+        names = [f"{at}.unit", f"{at}.factor"]  # the row by its norm; 1 by its root mean square
+        # onnxruntime's own, though it lies among ONNX's: no operator of ONNX tells the second.
         unit, factor = g.nodes("SimplifiedLayerNormalization", [x, gain], f"{at}.unit", names, epsilon=1e-30)
         high = g.node("QuantizeLinear", [unit, coarse, middle], f"{at}.high")
         rest = g.node("Sub", [unit, g.node("DequantizeLinear", [high, coarse, middle], f"{at}.rounded")], f"{at}.rest")
         low = g.node("QuantizeLinear", [rest, fine, middle], f"{at}.low")
         rows = g.node("Concat", [high, low], at, axis=1)  # (n, 2, in)
-        scales = g.node("Div", [g.constant(f"both_steps_{width}", steps, np.float32), factor], f"{at}.scales")  # (n, 1, 2)
+        steps = g.constant(f"both_steps_{width}", [_COARSE * root, _FINE * root], np.float32)
+        scales = g.node("Div", [steps, factor], f"{at}.scales")  # (n, 1, 2)
         one, outputs = g.constant("one_float", 1, np.float32), []
         for name, weight in weights.items():
             parts = _int8_product(g, rows, one, name, weight, self.pairs, f"{name}.parts")

@@ -9,7 +9,7 @@ RamekinError
 │   └── PaperError                           a file is not a paper
 ├── ProviderError                            the model cannot be computed where it was asked for
 ├── RuntimeVersionError (ImportError)        onnxruntime is missing or of a version that is not supported
-└── VerificationError                        a model folder does not compute what it did when it was exported
+└── VerificationError                        a model folder does not compute what it did at export, or what float32 does
 """
 
 from __future__ import annotations
@@ -55,4 +55,4 @@ class RuntimeVersionError(RamekinError, ImportError):
 
 
 class VerificationError(RamekinError):
-    """A model folder does not compute what it did when it was exported."""
+    """A model folder does not compute what it did at export, or what its checkpoint does in float32."""

@@ -93,7 +93,7 @@ class SpecialTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class VersionRange:
-    """Versions of onnxruntime that compute the graphs rightly: the oldest that was tried, and the first that was not."""
+    """Versions of onnxruntime to compute with: from the oldest that was tried to the first that may break with it."""
 
     at_least: str = "1.23.2"
     below: str = "2.0.0"
@@ -143,6 +143,7 @@ class Manifest:
         layout: whose graphs they are: "ramekin", ours (see `tensors`), "cuda", ours for GPUs, or "optimum", as its exporter
             names them.
         providers: where the graphs can be computed, see `PROVIDERS`.
+        opset: of ONNX, of its graphs; the compact ones have a later one of their own.
     """
 
     dims: Dims

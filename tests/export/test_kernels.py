@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from benchmarks.kernels import REST, Kernel, kernels_of
 from benchmarks.kernels_page import least_ms, plot, section
 from benchmarks.results import read
 from benchmarks.speed_page import page
-from ramekin import Engine
+from ramekin import Engine, TruncationWarning
 from ramekin.manifest import Manifest
 from ramekin.model import reads_compact
 from ramekin_export.cli import EXAMPLES, export
+from tests.runtime.conftest import TINY_MODEL
 
 SOURCE, TOKENS, N = 120, 9, 3
 MIDDLE = 5  # tokens of their own that samples have in the mean of 9 steps
@@ -249,11 +251,18 @@ def test_a_wrong_command_is_one_line(
     assert "Traceback" not in told
 
 
-def test_only_graphs_of_ours_can_be_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["optimum", "cuda"])
+def test_only_graphs_of_ours_can_be_told_apart(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Foreign:
         class manifest:  # noqa: N801
-            layout = "optimum"
+            layout = kind
 
     monkeypatch.setattr(Engine, "load", lambda *_, **__: Foreign)
-    with pytest.raises(kernels.RamekinError, match="optimum"):
+    with pytest.raises(kernels.RamekinError, match=f"only our own graphs for CPUs .* not {kind}"):
         kernels.measure(Path("m"), kernels.Job(1, 1, 2), 1)
+
+
+def test_a_longer_prompt_than_the_models_is_not_cut() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TruncationWarning)
+        assert kernels.measure(TINY_MODEL, kernels.Job(1, 1025, 2), 1)["source"] == 1025
