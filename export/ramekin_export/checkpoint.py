@@ -6,7 +6,7 @@ A folder of optimum's float32 export is one too: its graphs hold the same weight
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ramekin.errors import CheckpointError
 from ramekin.manifest import MANIFEST, Dims, FileRecord
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.paper import valid_text
+from ramekin_export.hub import from_hub
 from ramekin_export.traced import Reader, read_traced
 
 _ADAPTER = "adapter_config.json"
@@ -72,7 +73,7 @@ class Checkpoint:
             return cls(folder, {"folder": valid_text(folder.resolve().name)})
         if not _HUB_ID.fullmatch(source):
             raise CheckpointError(f"{source}: neither a folder nor a Hub id such as google/flan-t5-small")
-        folder = _from_hub(source, revision)
+        folder = from_hub(source, revision)
         return cls(folder, {"repository": source, "revision": revision or "main", "commit": folder.name})
 
     def __contains__(self, name: str) -> bool:
@@ -82,7 +83,7 @@ class Checkpoint:
         """Whether weights would be lost: transformers warns of what it does not use, and a network cut in half still talks.
 
         Raises:
-            CheckpointError: there are weights of more blocks than `config.json` tells of, or of adapters.
+            CheckpointError: there are weights of more blocks than `config.json` tells of, of adapters, or of a larger model.
         """
         for name in self._readers:
             if "lora_" in name:
@@ -95,6 +96,12 @@ class Checkpoint:
                         f"{self.folder}: tensor {name!r} is of a block that config.json does not have: "
                         f"{layers} in the {block[1]}"
                     )
+        inner = next((name for name in self._readers if name.endswith(".shared.weight")), None)
+        if inner:
+            raise CheckpointError(
+                f"{self.folder}: names of tensors begin with {inner.removesuffix('shared.weight')!r}; save the T5 model "
+                "in it with `save_pretrained`"
+            )
 
     def tensor(self, name: str, *shape: int) -> Floats:
         """Read one tensor as float32.
@@ -196,38 +203,3 @@ def _safetensors(path: Path) -> dict[str, Reader]:
             return dict.fromkeys(stream.keys(), read)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error}); download the checkpoint again") from None
-
-
-def _from_hub(repository: str, revision: str | None) -> Path:
-    """Download what the export needs, or find it in the Hub's cache."""
-    import huggingface_hub as hub  # noqa: PLC0415  # slow to import, and not needed for folders
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    try:
-        try:
-            listing = hub.HfApi().model_info(repository, revision=revision, timeout=10).siblings or []
-        except (HfHubHTTPError, HFValidationError):
-            raise
-        except Exception:  # offline: every transport has errors of its own
-            return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
-        wanted = _wanted(each.rfilename for each in listing)
-        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
-    except LocalEntryNotFoundError:
-        found = f"revision {revision} of it" if revision else "it"
-        reason = f"the Hub cannot be reached and its cache does not have {found}; check the network or give a folder"
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = f"the Hub answers: {str(error).strip().splitlines()[0]}"
-    except OSError as error:
-        reason = f"downloading it fails: {error}"
-    raise CheckpointError(f"{repository}: no such folder, and {reason}")
-
-
-def _wanted(names: Iterable[str]) -> list[str]:
-    """Of a repository's files the ones to download: no other folder's, no other framework's, no weights twice."""
-    present = {name for name in names if "/" not in name}
-    wanted = {name for name in present if name.endswith(".json") or name == "spiece.model"}
-    for pattern in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
-        weights = {name for name in present if re.fullmatch(pattern, name)}
-        if weights:
-            return sorted(wanted | weights)
-    return sorted(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +14,27 @@ import numpy.typing as npt
 from ramekin.errors import CheckpointError
 
 
+def torch_for(checkpoint: Path | str) -> Any:
+    """The torch module, imported here and now.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise CheckpointError(
+            f"{checkpoint}: pickled weights need torch: pip install torch, or save the checkpoint as safetensors"
+        ) from None
+
+
 def read_pickled(path: Path) -> dict[str, Callable[[str], npt.NDArray[Any]]]:
     """A reader for each tensor of a file that `torch.save` wrote.
 
     Raises:
         CheckpointError: torch is missing, or the file holds something else than tensors.
     """
-    try:
-        import torch  # noqa: PLC0415  # optional
-    except ImportError:
-        raise CheckpointError(
-            f"{path}: pickled weights need torch: pip install torch, or save the checkpoint as safetensors"
-        ) from None
+    torch = torch_for(path)
     useless = f"{path}: not a file of tensors alone; download it again, or save the checkpoint as safetensors"
     try:
         with warnings.catch_warnings():

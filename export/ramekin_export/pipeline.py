@@ -70,7 +70,7 @@ def export(
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     check_prompt(prompt)
-    out = out.resolve()
+    out = Path(out).resolve()
     if Path(source).is_dir() and Path(source).resolve().is_relative_to(out):
         raise FileExistsError(f"{out}: is or holds the checkpoint itself; export to another folder")
     check_target(out, force)

@@ -173,7 +173,11 @@ def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str
                 silent.append(i)
     try:
         return SpecialTokens(
-            start=either("decoder_start_token_id", pad), pad=pad, eos=eos, named=named, silent=tuple(silent)
+            start=either("decoder_start_token_id", either("bos_token_id", pad)),
+            pad=pad,
+            eos=eos,
+            named=named,
+            silent=tuple(silent),
         )
     except ModelFormatError as error:
         raise CheckpointError(f"{folder}: {CONFIG} or {GENERATION}: {error}") from None

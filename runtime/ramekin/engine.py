@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ramekin.arguments import check_integer
 from ramekin.cache import Floats
 from ramekin.cuda_model import CudaModel
-from ramekin.errors import ModelFormatError
+from ramekin.errors import ModelFormatError, RamekinError
 from ramekin.manifest import MANIFEST, MOST_SOURCE_TOKENS, PROVIDERS, TOKENIZER, Manifest, VersionRange
 from ramekin.model import Model, Steps
 from ramekin.optimum_folder import OptimumFolder
@@ -38,7 +38,11 @@ class TruncationWarning(UserWarning):
 
 
 class Engine:
-    """A model folder, ready to generate. Several threads may use it at once; it cannot be pickled.
+    """A model folder, ready to generate. Several threads may use it at once.
+
+    It belongs to the process that loaded it. A forked child must neither use, replace nor delete it: onnxruntime would wait
+    for threads that are the parent's. Its weights stay mapped: put a new folder in the place of the old one, or export with
+    `force`, but do not write into the files.
 
     Attributes:
         provider: where it computes, "cpu" or "cuda".
@@ -98,6 +102,9 @@ class Engine:
             raise ModelFormatError(f"{folder / MANIFEST}: {error}; export the model again") from None
         return cls(model, tokenizer, manifest, provider, reason)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Engine cannot be pickled or copied; load one in each process: Engine.load(folder)")
+
     def params(self, **values: Any) -> SamplingParams:
         """Sampling parameters: these values, and for all others the model's own, or else the usual ones."""
         known = SamplingParams.known(self.manifest.generation)
@@ -118,8 +125,8 @@ class Engine:
     def stream(self, source: Source, params: SamplingParams | None = None) -> Generator[Token | Completion, None, None]:
         """Generate samples of one prompt, telling each token and, after its last token, each finished sample.
 
-        Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic: in
-        int8 and int4, kernels for one row and for many differ in the last bit, which now and then makes another token.
+        Sample i depends on the prompt, the parameters but for `n`, and i alone, up to the rounding of the arithmetic:
+        kernels for one row and for many differ in the last bit, which in int8 and int4 now and then makes another token.
 
         Args:
             source: a prompt as text or as token ids. A longer one than `max_source_tokens` is cut, with a
@@ -131,6 +138,7 @@ class Engine:
         Raises:
             ValueError: token ids are outside the vocabulary, or there are none.
             TypeError: `source` or `params` are something else.
+            RamekinError: there is not enough memory, or onnxruntime failed.
         """
         return (event for _, event in self.stream_many([source], params))
 
@@ -168,11 +176,15 @@ class Engine:
         self, prompts: Sequence[npt.NDArray[np.int64]], params: SamplingParams
     ) -> Generator[tuple[int, Token | Completion], None, None]:
         """The loop: all samples of one or more prompts, with the number of the prompt that each event belongs to."""
-        seeds = [secrets.randbits(63) if params.seed is None else params.seed for _ in prompts]
+        # 53 bits stay whole for readers of JSON that know no integers but doubles.
+        seeds = [secrets.randbits(53) if params.seed is None else params.seed for _ in prompts]
         eos, start = self.manifest.tokens.eos, self.manifest.tokens.start
         rows = len(prompts) * params.n
-        cache = self.model.new_cache(self.model.prefill(*prompts), rows, params.max_new_tokens, params.candidates)
-        draws = np.stack([uniforms(seed, params.n, params.max_new_tokens) for seed in seeds])
+        try:
+            cache = self.model.new_cache(self.model.prefill(*prompts), rows, params.max_new_tokens, params.candidates)
+            draws = np.stack([uniforms(seed, params.n, params.max_new_tokens) for seed in seeds])
+        except MemoryError as error:
+            raise RamekinError(f"not enough memory; ask for fewer or shorter samples ({error})") from error
         running = [
             Sample(prompt, i, IncrementalDecoder(self.tokenizer), [start])
             for prompt in range(len(prompts))
@@ -235,7 +247,7 @@ class Engine:
     def _checked(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         if isinstance(ids, str):
             raise TypeError("expected a list of token ids, not a text, which `score` takes")
-        if isinstance(ids, bytes | bytearray) or not (isinstance(ids, Sequence) or hasattr(ids, "__array__")):
+        if isinstance(ids, bytes | bytearray | memoryview) or not (isinstance(ids, Sequence) or hasattr(ids, "__array__")):
             raise TypeError(f"expected a text or a list of token ids, not {type(ids).__name__}")
         if isinstance(ids, Sequence) and any(isinstance(each, str) for each in ids[:1]):
             raise TypeError(
@@ -258,7 +270,8 @@ def _several(sources: Iterable[Source]) -> Sequence[Source]:
 def _depth() -> int:
     """How many frames lie between the caller and the first that is not of this file, for a warning that points there."""
     frame, depth = sys._getframe(1), 1
-    while frame.f_back and frame.f_code.co_filename == __file__:
+    here = frame.f_code.co_filename  # which is not `__file__` in a bundle without sources
+    while frame.f_back and frame.f_code.co_filename == here:
         frame, depth = frame.f_back, depth + 1
     return depth
 

@@ -232,7 +232,7 @@ def build_prompt(paper: Paper, template: str = DEFAULT_PROMPT) -> str:
     """Fill a template's `{title}`, `{abstract}` and `{introduction}`.
 
     Raises:
-        ValueError: the template has other fields.
+        ValueError: the template has other fields, or formats.
     """
     values = {"title": paper.title, "abstract": paper.abstract, "introduction": paper.introduction}
     pieces = []
@@ -240,8 +240,10 @@ def build_prompt(paper: Paper, template: str = DEFAULT_PROMPT) -> str:
         for literal, name, form, conversion in string.Formatter().parse(template):
             pieces.append(literal)
             if name is not None:
-                if name not in values or form or conversion:
+                if name not in values:
                     raise ValueError(f"unknown field {{{name}}}")
+                if form or conversion:
+                    raise ValueError(f"{{{name}}} takes neither a format nor a conversion")
                 pieces.append(values[name])
     except ValueError as error:
         raise ValueError(f"prompt template: {error}; {{title}}, {{abstract}} and {{introduction}} can be used") from None

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import io
 import os
-import sys
 import threading
 from collections.abc import Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from ramekin.errors import ProviderError
 from ramekin.manifest import PROVIDERS
@@ -93,22 +90,13 @@ def _short(text: str) -> str:
 
 def _preload(ort: Any) -> str:
     """Load CUDA's libraries from where pip puts them. Returns what onnxruntime prints if some are missing."""
-    with _LISTENING, contextlib.redirect_stdout(_Heard(sys.stdout)) as said:  # which is stdout of the whole process
+    said: list[str] = []
+    with _LISTENING:
+        ort.print = lambda *what, **_: said.append(" ".join(map(str, what)))  # that module's alone: stdout is the process's
         try:
             ort.preload_dlls()
         except Exception as error:  # older releases raise on folders that they do not know
             return str(error)
-    return said.getvalue()
-
-
-class _Heard(io.StringIO):
-    """What this thread prints; what others print goes where it went before."""
-
-    def __init__(self, others: TextIO | None) -> None:
-        super().__init__()
-        self._thread, self._others = threading.get_ident(), others
-
-    def write(self, text: str) -> int:
-        if threading.get_ident() == self._thread:
-            return super().write(text)
-        return self._others.write(text) if self._others else len(text)
+        finally:
+            del ort.print
+    return "\n".join(said)

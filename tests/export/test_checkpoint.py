@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import errors
 from safetensors.numpy import load_file, save_file
 
 from benchmarks.random_checkpoint import write_checkpoint
@@ -20,6 +22,7 @@ from ramekin import CheckpointError, Engine
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
 from ramekin_export.head import Head
+from ramekin_export.hub import wanted
 from ramekin_export.pipeline import export
 from tests.export.conftest import SPIECE
 from tests.export.variants import VARIANTS
@@ -413,7 +416,7 @@ def test_broken_checkpoints(copy: Callable[[str], Path], tmp_path: Path, damage:
 @pytest.mark.parametrize("source", ["", "someone/flan-t5-lora"])
 def test_an_adapter_alone(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    monkeypatch.setattr("ramekin_export.checkpoint._from_hub", lambda *_: tmp_path)
+    monkeypatch.setattr("ramekin_export.checkpoint.from_hub", lambda *_: tmp_path)
     with pytest.raises(CheckpointError, match="an adapter without its model; merge them with peft"):
         Checkpoint.open(source or str(tmp_path))
 
@@ -491,38 +494,123 @@ def test_hub_ids_that_are_not_to_be_had(
     assert not (tmp_path / "model").exists()
 
 
-def test_the_hub_is_asked_for_what_is_needed(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the Hub: what is listed, what is downloaded, and which revision."""
-    import huggingface_hub
+class StandIn:
+    """For the Hub: what it lists, or how it fails, and what was asked of it."""
 
-    asked: list[Any] = []
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, names: list[str]) -> None:
+        self.folder, self.names, self.asked = folder, names, list[Any]()
+        self.failure: Exception | None = None
+        self.broken: Exception | None = None
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self._listed)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self._download)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self._cached)
 
-    def model_info(_: Any, repository: str, *, revision: str, timeout: float) -> Any:
-        asked.append((repository, revision))
-        names = ["config.json", "spiece.model", "model.safetensors", "pytorch_model.bin"]
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+    def _listed(self, repository: str, *, revision: str | None, timeout: float) -> Any:
+        self.asked.append((repository, revision))
+        if self.failure:
+            raise self.failure
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
 
-    def snapshot_download(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
-        asked.append((repository, revision, allow_patterns))
-        return str(checkpoint("flan"))
+    def _download(self, repository: str, name: str, *, revision: str | None) -> str:
+        self.asked.append(name)
+        if self.broken:
+            raise self.broken
+        return str(self.folder / name)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    def _cached(self, repository: str, name: str, *, revision: str | None) -> str | None:
+        return str(self.folder / name) if self.folder.exists() else None
+
+
+@pytest.fixture
+def stand_in(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    names = ["model.safetensors", "pytorch_model.bin", "spiece.model", "config.json", "runs/x.json"]
+    return StandIn(monkeypatch, checkpoint("flan"), names)
+
+
+def refusal(kind: str, status: int) -> Exception:
+    """One of huggingface_hub's errors, whose releases do not agree on how they are made."""
+    base = getattr(errors, kind)
+
+    class Refusal(base):
+        response = SimpleNamespace(status_code=status)
+
+        def __init__(self) -> None:
+            Exception.__init__(self, f"{status} Client Error. (Request ID: x)\n\nmore of it")
+
+        def __str__(self) -> str:
+            return str(self.args[0])
+
+    return Refusal()
+
+
+def test_the_hub_is_asked_for_what_is_needed(stand_in: StandIn) -> None:
+    """Which revision, which files, and the weights last: so weights in the cache say that all is there."""
     opened = Checkpoint.open("someone/t5", "v2")
-    assert asked == [("someone/t5", "v2"), ("someone/t5", "v2", ["config.json", "model.safetensors", "spiece.model"])]
+    assert stand_in.asked == [("someone/t5", "v2"), "config.json", "spiece.model", "model.safetensors"]
     assert (opened.source["repository"], opened.source["revision"]) == ("someone/t5", "v2")
     assert "shared.weight" in opened
 
 
-def test_only_what_is_needed_is_downloaded() -> None:
-    from ramekin_export.checkpoint import _wanted
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [
+        (refusal("GatedRepoError", 403), "someone/t5: it is gated: ask for access on its page, and log in .*HF_TOKEN$"),
+        (refusal("RepositoryNotFoundError", 401), "no such folder, and no such repository on the Hub, or a private one"),
+        (refusal("RevisionNotFoundError", 404), "it has no revision 'v2' on the Hub$"),
+        (refusal("HfHubHTTPError", 429), r"the Hub answers: 429 Client Error\. \(Request ID: x\)$"),
+    ],
+)
+def test_what_the_hub_refuses(stand_in: StandIn, failure: Exception, says: str) -> None:
+    """Whatever the cache holds: it may not be what was asked for."""
+    stand_in.failure = failure
+    with pytest.raises(CheckpointError, match=says):
+        Checkpoint.open("someone/t5", "v2")
 
+
+@pytest.mark.parametrize("failure", [TimeoutError(), refusal("HfHubHTTPError", 503)])
+def test_without_the_hub_its_cache_is_taken_with_a_warning(stand_in: StandIn, failure: Exception, tmp_path: Path) -> None:
+    stand_in.failure = failure
+    with pytest.warns(RuntimeWarning, match="someone/t5: the Hub cannot be reached; this is commit .* from its cache"):
+        assert "shared.weight" in Checkpoint.open("someone/t5")
+    stand_in.folder = tmp_path  # of which only the first file has arrived
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="the Hub cannot be reached and its cache does not have it"):
+        Checkpoint.open("someone/t5")
+
+
+@pytest.mark.parametrize("broken", [RuntimeError("peer closed connection\nand more"), OSError("peer closed connection")])
+def test_a_download_that_breaks_is_one_line(stand_in: StandIn, broken: Exception) -> None:
+    """Of any kind: httpx's errors are not the system's."""
+    stand_in.broken = broken
+    with pytest.raises(CheckpointError, match=r"^someone/t5: downloading it fails: peer closed connection; try again$"):
+        Checkpoint.open("someone/t5")
+
+
+def test_a_download_can_be_interrupted(stand_in: StandIn) -> None:
+    stand_in.broken = KeyboardInterrupt()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        Checkpoint.open("someone/t5")
+    assert stand_in.asked[1:] == ["config.json"]
+
+
+def test_nothing_is_downloaded_for_nothing(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in.names = ["config.json", "spiece.model", "tf_model.h5"]
+    with pytest.raises(CheckpointError, match="TensorFlow or Flax have to be saved anew"):
+        Checkpoint.open("someone/t5")
+    stand_in.names = ["config.json", "spiece.model", "pytorch_model.bin"]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"^someone/t5: pickled weights need torch"):
+        Checkpoint.open("someone/t5")
+    assert not [each for each in stand_in.asked if isinstance(each, str)]
+
+
+def test_only_what_is_needed_is_downloaded() -> None:
     everything = [
+        "model.safetensors",
         "config.json",
         "generation_config.json",
         "tokenizer.json",
         "spiece.model",
-        "model.safetensors",
         "model.fp16.safetensors",
         "pytorch_model.bin",
         "training_args.bin",
@@ -530,12 +618,22 @@ def test_only_what_is_needed_is_downloaded() -> None:
         "checkpoint-500/model.safetensors",
         "checkpoint-500/config.json",
     ]
-    needed = ["config.json", "generation_config.json", "model.safetensors", "spiece.model", "tokenizer.json"]
-    assert _wanted(everything) == needed
-    assert _wanted(["config.json", "pytorch_model-00001-of-00002.bin", "training_args.bin"]) == [
+    needed = ["config.json", "generation_config.json", "spiece.model", "tokenizer.json", "model.safetensors"]
+    assert wanted(everything) == needed
+    assert wanted(["pytorch_model-00001-of-00002.bin", "config.json", "training_args.bin"]) == [
         "config.json",
         "pytorch_model-00001-of-00002.bin",
     ]
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module."])
+def test_names_of_a_larger_model(prefix: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Such as Lightning's or DataParallel's."""
+    source = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    weights = load_file(source / "model.safetensors")
+    save_file({f"{prefix}{name}": each for name, each in weights.items()}, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"names of tensors begin with '{prefix}'; save the T5 model"):
+        export(str(source), tmp_path / "model", "fp32")
 
 
 def run_export(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -21,8 +21,10 @@ from ramekin_export.pipeline import export
 from ramekin_export.verify import Checks
 from tests.export.test_parity import SOURCES, cases, load_reference, reference_logits
 from tests.export.variants import VARIANTS
+from tests.runtime.conftest import RUNS_CUDA_GRAPHS
 
 torch = pytest.importorskip("torch")
+pytestmark = RUNS_CUDA_GRAPHS
 
 # What the graphs are made of, and the types for which onnxruntime-gpu 1.31.1 has CUDA kernels (the kernels' classes in its
 # library; "any" moves elements without looking at them).

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.conftest import TINY_MODEL
+from tests.runtime.conftest import RUNS_CUDA_GRAPHS, TINY_MODEL
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +22,7 @@ def test_the_page_tells_the_results() -> None:
     assert "| 16 samples, next to bitsandbytes fp4 | 10 x | 3.2 x |" in page(result)
 
 
+@RUNS_CUDA_GRAPHS
 @pytest.mark.filterwarnings("ignore")  # optimum's exporter traces, and warns of it
 def test_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")

@@ -286,6 +286,8 @@ def test_wrong_arguments(checkpoint: Callable[[str], Path], tmp_path: Path) -> N
         export(str(checkpoint("flan")), tmp_path / "model", "int3")
     with pytest.raises(ValueError, match="prompt template: unknown field"):
         export(str(checkpoint("flan")), tmp_path / "model", prompt="{year}")
+    with pytest.raises(ValueError, match=r"prompt template: \{abstract\} takes neither a format nor a conversion"):
+        export(str(checkpoint("flan")), tmp_path / "model", prompt="{abstract!r}")
     with pytest.raises(ValueError, match="it is not UTF-8 text"):
         export(str(checkpoint("flan")), tmp_path / "model", prompt="\udcff{abstract}")
     with pytest.raises(ValueError, match="so no paper would be read"):

@@ -25,7 +25,7 @@ from ramekin import (
 )
 from ramekin.manifest import FileRecord, Manifest
 from ramekin.onnxfile import external_locations
-from tests.runtime.conftest import CUDA_MODEL, INT8_MODEL, TINY_MODEL
+from tests.runtime.conftest import CUDA_MODEL, INT8_MODEL, RUNS_CUDA_GRAPHS, TINY_MODEL
 
 
 def run(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
@@ -361,7 +361,7 @@ LONGEST = ["--max-new-tokens", "600", "--min-new-tokens", "600", "--top-k", "0"]
         (["generate", "{model}", "--temperature", "10001"], 2, "temperature must be a number from 0.0001 to 10000"),
         (["generate", "{model}", "--no-repeat-ngram-size", "1", *LONGEST], 1, "every token is banned; lower min_new"),
         (["generate", "{model}", "--no-repeat-ngram-size", "1", *LONGEST, "--greedy"], 1, "every token is banned"),
-        (["bench", "{cuda}", "--provider", "cuda"], 1, "cannot compute on cuda"),
+        pytest.param(["bench", "{cuda}", "--provider", "cuda"], 1, "cannot compute on cuda", marks=RUNS_CUDA_GRAPHS),
         (["questions", "{model}", "{tmp}/blank.jsonl"], 1, "blank.jsonl: no papers in it"),
         (["questions", "{model}", "-"], 1, "not a paper"),
         (

@@ -21,7 +21,7 @@ from ramekin import Completion, Engine, RamekinError
 from ramekin.cli import main
 from ramekin.manifest import MANIFEST, Manifest
 from ramekin.terminal import write
-from tests.runtime.conftest import CUDA_MODEL, TINY_MODEL
+from tests.runtime.conftest import CUDA_MODEL, RUNS_CUDA_GRAPHS, TINY_MODEL
 from tests.runtime.test_bad_input import run
 
 PAPER = {"title": "T", "abstract": "We propose a parser.", "introduction": "It is new."}
@@ -331,6 +331,7 @@ def test_results_into_a_stream_of_the_host(paper: str) -> None:
     assert len(json.loads(stream.getvalue())["pairs"]) == 2
 
 
+@RUNS_CUDA_GRAPHS
 @pytest.mark.parametrize("end", [KeyboardInterrupt, RamekinError("a GPU that fails")])
 def test_what_is_finished_of_a_group_is_not_lost(
     end: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,9 @@ from ramekin.device_memory import BYTES, Plan, Pool
 from ramekin.manifest import DECODER, ENCODER, Dims, Manifest
 from ramekin.session import open_session
 from ramekin.tensors import TOP_K
-from tests.runtime.conftest import CUDA_MODEL
+from tests.runtime.conftest import CUDA_MODEL, RUNS_CUDA_GRAPHS
+
+pytestmark = RUNS_CUDA_GRAPHS
 
 LARGE = Dims(vocab_size=32128, d_model=1024, d_ff=2816, num_heads=16, head_dim=64, encoder_layers=24, decoder_layers=24)
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 7, 90, 64, 33)]

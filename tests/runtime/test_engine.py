@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import compileall
+import copy
 import gc
+import pickle
+import shutil
+import subprocess
+import sys
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ramekin import Completion, Engine, SamplingParams, Token, TruncationWarning
+import ramekin
+from ramekin import Completion, Engine, RamekinError, SamplingParams, Token, TruncationWarning
 from ramekin.cache import Cache
 from ramekin.model import Logits
 from ramekin.sampling import choose, uniforms
@@ -112,7 +119,7 @@ def test_what_is_wrong_is_told_at_once(engine: Engine) -> None:
         engine.stream(PROMPT, {"n": 4})  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`generate_many` and `stream_many` take several texts"):
         engine.stream(["a", "b"])  # type: ignore[list-item]
-    for nothing in (None, 5, b"a", bytearray(b"a"), {5}, {"input_ids": [5]}):
+    for nothing in (None, 5, b"a", bytearray(b"a"), memoryview(b"a"), {5}, {"input_ids": [5]}):
         with pytest.raises(TypeError, match=f"a list of token ids, not {type(nothing).__name__}"):
             engine.stream(nothing)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a list of token ids, not int"):
@@ -351,3 +358,46 @@ def test_the_cache_cannot_overflow(engine: Engine) -> None:
         engine.model.step([0], cache)
     with pytest.raises(ValueError, match="full"):
         engine.model.step([0], cache)
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_engine_is_not_copied(engine: Engine, copied: Callable[[Engine], object]) -> None:
+    with pytest.raises(TypeError, match=r"an Engine cannot be pickled or copied; load one in each process"):
+        copied(engine)
+
+
+def test_no_memory_for_the_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's error is one of ours, as onnxruntime's is."""
+
+    def new_cache(*_: object) -> Cache:
+        raise MemoryError("Unable to allocate 800. MiB")
+
+    monkeypatch.setattr(engine.model, "new_cache", new_cache)
+    with pytest.raises(RamekinError, match=r"not enough memory; ask for fewer or shorter samples \(Unable to allocate 800"):
+        engine.generate(PROMPT)
+
+
+def test_seeds_that_are_drawn_are_whole_as_doubles(engine: Engine) -> None:
+    seeds = [engine.generate(PROMPT, SamplingParams(max_new_tokens=1))[0].seed for _ in range(20)]
+    assert len(set(seeds)) == 20
+    assert all(int(float(seed)) == seed for seed in seeds)
+    assert max(seeds).bit_length() > 45
+
+
+def test_a_warning_points_at_the_caller_in_a_bundle_without_sources(tmp_path: Path) -> None:
+    folder = shutil.copytree(Path(ramekin.__file__).parent, tmp_path / "ramekin")
+    compileall.compile_dir(folder, quiet=1, legacy=True, stripdir=str(tmp_path))
+    for source in folder.glob("*.py"):
+        source.unlink()
+    program = (
+        f"import ramekin; e = ramekin.Engine.load({str(TINY_MODEL)!r}, max_source_tokens=2)\n"
+        + "e.source_ids('a b c')\n" * 2
+    )
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True
+    )
+    assert [line.partition(" Trunc")[0].rpartition("/")[2] for line in done.stderr.splitlines() if "Trunc" in line] == [
+        "program.py:2:",
+        "program.py:3:",
+    ]

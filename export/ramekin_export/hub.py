@@ -1,0 +1,103 @@
+"""A checkpoint on the Hub: what the export needs of it, downloaded or, offline, found in the Hub's cache."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ramekin.config_files import CONFIG
+from ramekin.errors import CheckpointError
+from ramekin_export.pickled import torch_for
+
+_PATIENCE = 10  # seconds until the Hub counts as out of reach
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def from_hub(repository: str, revision: str | None) -> Path:
+    """The folder of one commit in the Hub's cache, with all that an export reads.
+
+    Args:
+        repository: the id.
+        revision: branch, tag or commit; None: "main".
+
+    Raises:
+        CheckpointError: it is not to be had; the text says why.
+    """
+    import huggingface_hub as hub  # noqa: PLC0415  # slow to import, and not needed for folders
+    from huggingface_hub import constants, errors  # noqa: PLC0415
+
+    try:
+        listed = hub.HfApi().model_info(repository, revision=revision, timeout=_PATIENCE).siblings or []
+    except errors.GatedRepoError:
+        reason = f"it is gated: ask for access on its page, and {_LOG_IN}"
+    except errors.RepositoryNotFoundError:
+        reason = f"no such folder, and no such repository on the Hub, or a private one: {_LOG_IN}"
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {revision!r} on the Hub"
+    except errors.HFValidationError as error:
+        reason = _first_line(error)
+    except Exception as error:  # offline: every transport has errors of its own
+        status = getattr(getattr(error, "response", None), "status_code", 500)
+        if status >= 500:  # the Hub itself is down
+            return _from_cache(hub, repository, revision, warned=not constants.HF_HUB_OFFLINE)
+        reason = f"the Hub answers: {_first_line(error)}"
+    else:
+        return _downloaded(hub, repository, revision, wanted(each.rfilename for each in listed))
+    raise CheckpointError(f"{repository}: {reason}")
+
+
+def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str]) -> Path:
+    if not any(_weights(name) for name in names):
+        raise CheckpointError(
+            f"{repository}: it has no model.safetensors and no pytorch_model.bin (nor an index of shards) on the Hub; "
+            "weights of TensorFlow or Flax have to be saved anew by transformers 4 (`from_tf` or `from_flax`)"
+        )
+    if any(name.endswith(".bin") for name in names):
+        torch_for(repository)  # without it they would be gigabytes for nothing
+    try:  # one by one: a pool of threads would hear of an interrupt only after gigabytes
+        folders = {Path(hub.hf_hub_download(repository, name, revision=revision)).parent for name in names}
+    except Exception as error:  # every transport has errors of its own
+        raise CheckpointError(f"{repository}: downloading it fails: {_first_line(error)}; try again") from error
+    if len(folders) > 1:
+        raise CheckpointError(f"{repository}: it was changed on the Hub meanwhile; try again")
+    return folders.pop()
+
+
+def _from_cache(hub: Any, repository: str, revision: str | None, warned: bool) -> Path:
+    found = hub.try_to_load_from_cache(repository, CONFIG, revision=revision)
+    folder = Path(found).parent if isinstance(found, str) else None
+    if not folder or not any(_weights(path.name) for path in folder.iterdir()):
+        what = f"revision {revision} of it" if revision else "it"
+        raise CheckpointError(
+            f"{repository}: no such folder, and the Hub cannot be reached and its cache does not have {what}; "
+            "check the network or give a folder"
+        )
+    if warned:
+        told = f"{repository}: the Hub cannot be reached; this is commit {folder.name} from its cache"
+        warnings.warn(told, RuntimeWarning, stacklevel=2)
+    return folder
+
+
+def wanted(names: Iterable[str]) -> list[str]:
+    """Of a repository's files the ones to download: no other folder's, no other framework's, no weights twice.
+
+    Weights are the last: where they are in the cache, nothing else is missing there.
+    """
+    present = {name for name in names if "/" not in name}
+    small = sorted(name for name in present if name.endswith(".json") or name == "spiece.model")
+    for kind in ("model", "pytorch_model"):
+        weights = sorted(name for name in present if _weights(name) and name.startswith(kind))
+        if weights:
+            return small + weights
+    return small
+
+
+def _weights(name: str) -> bool:
+    return bool(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin", name))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
