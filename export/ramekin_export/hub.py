@@ -13,6 +13,7 @@ from ramekin.errors import CheckpointError
 from ramekin_export.pickled import torch_for
 
 _PATIENCE = 10  # seconds until the Hub counts as out of reach
+_DOWN = 500  # the same holds for this status, and larger ones
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -30,22 +31,24 @@ def from_hub(repository: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors  # noqa: PLC0415
 
     try:
-        listed = hub.HfApi().model_info(repository, revision=revision, timeout=_PATIENCE).siblings or []
+        try:
+            listed = hub.HfApi().model_info(repository, revision=revision, timeout=_PATIENCE).siblings or []
+        except Exception as error:  # every transport has errors of its own
+            status = getattr(getattr(error, "response", None), "status_code", _DOWN)
+            if status < _DOWN or isinstance(error, errors.HFValidationError):
+                raise
+            return _from_cache(hub, repository, revision, warned=not constants.HF_HUB_OFFLINE)
+        return _downloaded(hub, repository, revision, wanted(each.rfilename for each in listed))
+    except CheckpointError:
+        raise
     except errors.GatedRepoError:
         reason = f"it is gated: ask for access on its page, and {_LOG_IN}"
     except errors.RepositoryNotFoundError:
         reason = f"no such folder, and no such repository on the Hub, or a private one: {_LOG_IN}"
     except errors.RevisionNotFoundError:
         reason = f"it has no revision {revision!r} on the Hub"
-    except errors.HFValidationError as error:
-        reason = _first_line(error)
-    except Exception as error:  # offline: every transport has errors of its own
-        status = getattr(getattr(error, "response", None), "status_code", 500)
-        if status >= 500:  # the Hub itself is down
-            return _from_cache(hub, repository, revision, warned=not constants.HF_HUB_OFFLINE)
-        reason = f"the Hub answers: {_first_line(error)}"
-    else:
-        return _downloaded(hub, repository, revision, wanted(each.rfilename for each in listed))
+    except Exception as error:  # of the Hub, of the transport or of the disk
+        reason = f"it cannot be downloaded: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
     raise CheckpointError(f"{repository}: {reason}")
 
 
@@ -57,10 +60,8 @@ def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str
         )
     if any(name.endswith(".bin") for name in names):
         torch_for(repository)  # without it they would be gigabytes for nothing
-    try:  # one by one: a pool of threads would hear of an interrupt only after gigabytes
-        folders = {Path(hub.hf_hub_download(repository, name, revision=revision)).parent for name in names}
-    except Exception as error:  # every transport has errors of its own
-        raise CheckpointError(f"{repository}: downloading it fails: {_first_line(error)}; try again") from error
+    # One by one: a pool of threads would hear of an interrupt only after gigabytes.
+    folders = {Path(hub.hf_hub_download(repository, name, revision=revision)).parent for name in names}
     if len(folders) > 1:
         raise CheckpointError(f"{repository}: it was changed on the Hub meanwhile; try again")
     return folders.pop()
@@ -97,7 +98,3 @@ def wanted(names: Iterable[str]) -> list[str]:
 
 def _weights(name: str) -> bool:
     return bool(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin", name))
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -557,11 +557,14 @@ def test_the_hub_is_asked_for_what_is_needed(stand_in: StandIn) -> None:
         (refusal("GatedRepoError", 403), "someone/t5: it is gated: ask for access on its page, and log in .*HF_TOKEN$"),
         (refusal("RepositoryNotFoundError", 401), "no such folder, and no such repository on the Hub, or a private one"),
         (refusal("RevisionNotFoundError", 404), "it has no revision 'v2' on the Hub$"),
-        (refusal("HfHubHTTPError", 429), r"the Hub answers: 429 Client Error\. \(Request ID: x\)$"),
+        (refusal("HfHubHTTPError", 429), r"it cannot be downloaded: 429 Client Error\. \(Request ID: x\)$"),
     ],
 )
 def test_what_the_hub_refuses(stand_in: StandIn, failure: Exception, says: str) -> None:
-    """Whatever the cache holds: it may not be what was asked for."""
+    """At once or when it comes to files, whatever the cache holds: it may not be what was asked for."""
+    stand_in.broken = failure
+    with pytest.raises(CheckpointError, match=says):
+        Checkpoint.open("someone/t5", "v2")
     stand_in.failure = failure
     with pytest.raises(CheckpointError, match=says):
         Checkpoint.open("someone/t5", "v2")
@@ -582,7 +585,7 @@ def test_without_the_hub_its_cache_is_taken_with_a_warning(stand_in: StandIn, fa
 def test_a_download_that_breaks_is_one_line(stand_in: StandIn, broken: Exception) -> None:
     """Of any kind: httpx's errors are not the system's."""
     stand_in.broken = broken
-    with pytest.raises(CheckpointError, match=r"^someone/t5: downloading it fails: peer closed connection; try again$"):
+    with pytest.raises(CheckpointError, match=r"^someone/t5: it cannot be downloaded: peer closed connection$"):
         Checkpoint.open("someone/t5")
 
 
@@ -642,3 +645,14 @@ def run_export(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
     command = [sys.executable, "-m", "ramekin", "export", *arguments[:1], "model", *arguments[1:]]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("told", "start"), [({"bos_token_id": 4}, 4), ({"bos_token_id": 4, "decoder_start_token_id": 6}, 6), ({}, 0)]
+)
+def test_where_samples_start(told: dict[str, int], start: int, copy: Callable[[str], Path]) -> None:
+    """Source: transformers' `generate`, which begins with `bos_token_id` where no `decoder_start_token_id` is told."""
+    folder = copy("flan")
+    edit_config(folder, decoder_start_token_id=None)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, "pad_token_id": 0, **told}))
+    assert export(str(folder), folder.parent / "model", "fp32").tokens.start == start
