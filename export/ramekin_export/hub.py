@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ramekin.config_files import CONFIG
+from ramekin.config_files import CONFIG, read_json
 from ramekin.errors import CheckpointError
+from ramekin_export.config import T5Config
 from ramekin_export.pickled import torch_for
 
 _PATIENCE = 10  # seconds until the Hub counts as out of reach
@@ -60,8 +61,12 @@ def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str
         )
     if any(name.endswith(".bin") for name in names):
         torch_for(repository)  # without it they would be gigabytes for nothing
-    # One by one: a pool of threads would hear of an interrupt only after gigabytes.
-    folders = {Path(hub.hf_hub_download(repository, name, revision=revision)).parent for name in names}
+    folders = set()
+    for name in names:  # one by one: a pool of threads would hear of an interrupt only after gigabytes
+        path = Path(hub.hf_hub_download(repository, name, revision=revision))
+        folders.add(path.parent)
+        if name == CONFIG:
+            T5Config.from_json(read_json(path))  # before the weights of a model that is none
     if len(folders) > 1:
         raise CheckpointError(f"{repository}: it was changed on the Hub meanwhile; try again")
     return folders.pop()

@@ -596,7 +596,7 @@ def test_a_download_can_be_interrupted(stand_in: StandIn) -> None:
     assert stand_in.asked[1:] == ["config.json"]
 
 
-def test_nothing_is_downloaded_for_nothing(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_downloaded_for_nothing(stand_in: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in.names = ["config.json", "spiece.model", "tf_model.h5"]
     with pytest.raises(CheckpointError, match="TensorFlow or Flax have to be saved anew"):
         Checkpoint.open("someone/t5")
@@ -605,6 +605,11 @@ def test_nothing_is_downloaded_for_nothing(stand_in: StandIn, monkeypatch: pytes
     with pytest.raises(CheckpointError, match=r"^someone/t5: pickled weights need torch"):
         Checkpoint.open("someone/t5")
     assert not [each for each in stand_in.asked if isinstance(each, str)]
+    stand_in.names, stand_in.folder = ["config.json", "model.safetensors"], tmp_path
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="model_type 'bert'; only mt5 and t5"):
+        Checkpoint.open("someone/t5")
+    assert [each for each in stand_in.asked if isinstance(each, str)] == ["config.json"]
 
 
 def test_only_what_is_needed_is_downloaded() -> None:
