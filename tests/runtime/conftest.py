@@ -14,7 +14,7 @@ CUDA_MODEL = Path(__file__).parent / "cuda_model"
 """The same model, in graphs for CUDA."""
 RUNS_CUDA_GRAPHS = pytest.mark.skipif(
     onnxruntime.__version__ not in Manifest.load(CUDA_MODEL).onnxruntime,
-    reason=f"onnxruntime {onnxruntime.__version__}, the newest for Python 3.10, has not all operators of graphs for CUDA",
+    reason=f"onnxruntime {onnxruntime.__version__} has not all operators of graphs for CUDA; Python 3.10 has no newer one",
 )
 INT8_MODEL = Path(__file__).parent / "int8_model"
 """The same in int8, with a second pair of graphs, whose keys and values are in 8 bits."""
