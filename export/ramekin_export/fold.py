@@ -27,9 +27,6 @@ class Folded:
         self._weights, self._config = weights, config
         self._scales: dict[str, Floats] = {}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._weights
-
     def tensor(self, name: str, *shape: int) -> Floats:
         """One tensor as float32, rewritten."""
         array, at = self._weights.tensor(name, *shape), name.removesuffix(".weight")

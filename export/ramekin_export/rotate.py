@@ -37,9 +37,6 @@ class Rotated:
                     self._norm[f"{cross}.EncDecAttention.q"] = f"{cross}.layer_norm"
                     self._norm |= {f"{cross}.EncDecAttention.{name}": "encoder.final_layer_norm" for name in "kv"}
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._weights
-
     def tensor(self, name: str, *shape: int) -> Floats:
         """One tensor as float32, rewritten."""
         at = name.removesuffix(".weight")

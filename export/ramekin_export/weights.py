@@ -17,9 +17,6 @@ class Weights(Protocol):
     def tensor(self, name: str, *shape: int) -> Floats:
         """One tensor as float32."""
 
-    def __contains__(self, name: str) -> bool:
-        """Whether there is such a tensor."""
-
 
 def projections(c: Weights, dims: Dims, at: str, parts: str) -> dict[str, Floats]:
     """The weights `(inner, d_model)` of an attention's projections `parts` ("q", "kv", "qkv"), by the projections' names."""
@@ -31,9 +28,6 @@ class Finite:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._weights
 
     def tensor(self, name: str, *shape: int) -> Floats:
         """One tensor as float32.

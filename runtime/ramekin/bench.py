@@ -18,8 +18,6 @@ from ramekin.engine import Engine
 from ramekin.sample import Token
 from ramekin.sampling import SamplingParams
 
-Times = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True)
 class Job:

@@ -126,7 +126,3 @@ def _run(arguments: list[str] | None, stopping: Stopping) -> None:
         reason = f" ({error})" if str(error) else ""
         say(f"not enough memory{reason}; ask for less at once, or take a smaller model or a larger machine")
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
