@@ -277,12 +277,8 @@ def _depth() -> int:
 
 
 def _open(folder: Path, provider: str, threads: int) -> tuple[Steps, Manifest, str, str]:
-    """A folder's model and manifest, where it computes, and why not on CUDA.
-
-    A folder without a manifest may be one of optimum's own.
-    """
-    whole = (folder / MANIFEST).is_file()
-    found = None if whole else OptimumFolder.find(folder)
+    """A folder's model and manifest, where it computes, and why not on CUDA."""
+    manifest, found = None, OptimumFolder.without_manifest(folder)
     if not found:
         manifest = Manifest.load(folder)
         manifest.check_files(folder)
@@ -297,5 +293,4 @@ def _open(folder: Path, provider: str, threads: int) -> tuple[Steps, Manifest, s
     ort = onnxruntime(VersionRange())
     provider, reason = choose_provider(ort, provider, ("cpu",), "optimum")
     model = OptimumModel.load(ort, found, provider, threads)
-    manifest = manifest if whole else found.manifest(model.dims, model.precision, model.shares_prompt)
-    return model, manifest, provider, reason
+    return model, manifest or found.manifest(model.dims, model.precision, model.shares_prompt), provider, reason

@@ -12,7 +12,7 @@ import click
 from ramekin import golden
 from ramekin.engine import Engine
 from ramekin.errors import ModelFormatError
-from ramekin.manifest import MANIFEST, Manifest
+from ramekin.manifest import Manifest
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.options import PATH, open_engine, provider_option, threads_option
 from ramekin.provider import AUTO
@@ -20,19 +20,13 @@ from ramekin.quality import check, table
 from ramekin.terminal import json_text, printable, write
 
 
-def manifest_of(folder: Path) -> Manifest:
-    """The manifest of a folder; one of optimum's is opened to make it."""
-    if (folder / MANIFEST).is_file() or not OptimumFolder.find(folder):
-        return Manifest.load(folder)
-    return Engine.load(folder).manifest
-
-
 @click.command()
 @click.argument("model", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="The manifest as it is.")
 def info(model: Path, as_json: bool) -> None:
     """Tell what a MODEL folder holds and where it came from."""
-    manifest = manifest_of(model)
+    # What optimum's own folders hold is told by their graphs.
+    manifest = Engine.load(model).manifest if OptimumFolder.without_manifest(model) else Manifest.load(model)
     if as_json:
         write(json_text(asdict(manifest), indent=2))
         return
@@ -101,7 +95,7 @@ def verify(
     """
     if reference is None and (revision or papers or as_json):
         raise click.UsageError("--revision, --papers and --json belong to --reference")
-    if not (model / MANIFEST).is_file() and OptimumFolder.find(model):
+    if OptimumFolder.without_manifest(model):
         raise ModelFormatError(f"{model}: optimum's own folder; it records neither hashes nor a golden run to verify")
     manifest = Manifest.load(model)
     manifest.check_files(model, hash_up_to=None)

@@ -24,7 +24,7 @@ from ramekin.config_files import (
     variant_of,
 )
 from ramekin.errors import CheckpointError, ModelFormatError
-from ramekin.manifest import TOKENIZER, Dims, FileRecord, Manifest
+from ramekin.manifest import MANIFEST, TOKENIZER, Dims, FileRecord, Manifest
 from ramekin.paper import valid_text
 
 _SUFFIXES = ("", "_quantized", "_int8", "_uint8", "_fp16", "_q4", "_bnb4")
@@ -69,6 +69,11 @@ class OptimumFolder:
             if any(fnmatch(name, "*coder_*model*.onnx") for name in files):
                 return cls._choose(folder, place, files)
         return None
+
+    @classmethod
+    def without_manifest(cls, folder: Path) -> OptimumFolder | None:
+        """The parts of a folder that is optimum's own: one with a manifest says itself what it is."""
+        return None if (folder / MANIFEST).is_file() else cls.find(folder)
 
     @classmethod
     def _choose(cls, folder: Path, place: Path, there: frozenset[str]) -> OptimumFolder:
