@@ -50,49 +50,49 @@ def write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[s
 
 
 def _write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], out: Path) -> SpecialTokens:
-    rebuilt = not (folder / "spiece.model").is_file()
-    if rebuilt:
-        if not (folder / "tokenizer.json").is_file():
-            raise CheckpointError(
-                f"{folder}: no spiece.model and no tokenizer.json, the tokenizers of T5; save the tokenizer with the model"
-            )
-        out.write_bytes(_spiece_of(read_json(folder / "tokenizer.json"), folder))
-    else:
-        out.write_bytes((folder / "spiece.model").read_bytes())
+    spiece, fast = folder / "spiece.model", folder / "tokenizer.json"
+    rebuilt = not spiece.is_file()
+    if rebuilt and not fast.is_file():
+        raise CheckpointError(
+            f"{folder}: no spiece.model and no tokenizer.json, the tokenizers of T5; save the tokenizer with the model"
+        )
+    out.write_bytes(_spiece_of(fast) if rebuilt else spiece.read_bytes())
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(out.read_bytes())
-    except RuntimeError:
-        raise CheckpointError(f"{folder}/spiece.model: not a SentencePiece model") from None
+    except RuntimeError as error:
+        raise CheckpointError(f"{fast if rebuilt else spiece}: not a SentencePiece model ({error})") from None
     tokens = special_tokens(folder, raw, generation, pieces)
+    ours = Tokenizer(pieces, tokens)
     if rebuilt:
-        wrong = _difference(folder, Tokenizer(pieces, tokens), _PROBES)
+        wrong = _difference(fast, ours, _PROBES)
         if wrong:
             raise CheckpointError(
-                f"{folder}/tokenizer.json: no SentencePiece model agrees with it ({wrong}); "
+                f"{fast}: no SentencePiece model agrees with it ({wrong}); "
                 "put the spiece.model of the base model into the folder"
             )
-    elif (folder / "tokenizer.json").is_file():  # which transformers reads by default
-        wrong = _difference(folder, Tokenizer(pieces, tokens), [_PLAIN])
+    elif fast.is_file():  # which transformers reads by default
+        wrong = _difference(fast, ours, [_PLAIN])
         if wrong and not any(text in _PLAIN for text in tokens.named):
             raise CheckpointError(
                 f"{folder}: spiece.model and tokenizer.json read texts differently ({wrong}); "
                 "take away the one that the model was not trained with"
             )
-        wrong = wrong or _difference(folder, Tokenizer(pieces, tokens), _PROBES[:-1])
+        wrong = wrong or _difference(fast, ours, _PROBES[1:-1])
         if wrong:
             warnings.warn(f"{folder}: tokenizer.json differs from spiece.model, which is taken: {wrong}", stacklevel=2)
     return tokens
 
 
-def _spiece_of(raw: Mapping[str, Any], folder: Path) -> bytes:
+def _spiece_of(fast: Path) -> bytes:
     """A SentencePiece unigram model with the pieces, scores and normalization of a `tokenizer.json`."""
     from sentencepiece import sentencepiece_model_pb2 as pb  # noqa: PLC0415  # slow, and rarely needed
 
+    raw = read_json(fast)
     model = raw.get("model") or {}
     vocab = model.get("vocab")
     if model.get("type") != "Unigram" or not isinstance(vocab, list):
-        raise CheckpointError(f"{folder}/tokenizer.json: a {model.get('type')} tokenizer; only Unigram ones are supported")
+        raise CheckpointError(f"{fast}: a {model.get('type')} tokenizer; only Unigram ones are supported")
     added = {each["id"]: each["content"] for each in raw.get("added_tokens", [])}
     last = len(vocab)
     while last and last - 1 in added and added[last - 1].startswith("<extra_id_"):
@@ -124,16 +124,16 @@ def _charsmap(normalizer: Mapping[str, Any]) -> bytes:
     return b""
 
 
-def _difference(folder: Path, ours: Tokenizer, probes: Sequence[str]) -> str:
-    """A text that `tokenizer.json` reads differently, and how; empty if there is none."""
+def _difference(fast: Path, ours: Tokenizer, probes: Sequence[str]) -> str:
+    """A text that the `tokenizer.json` `fast` reads differently, and how; empty if there is none."""
     from tokenizers import Tokenizer as Reference  # noqa: PLC0415
 
     try:
-        reference = Reference.from_file(str(folder / "tokenizer.json"))
+        reference = Reference.from_file(str(fast))
         reference.no_padding()  # how a training script called it last is saved, too
         reference.no_truncation()
     except Exception as error:  # tokenizers raises nothing more exact
-        raise CheckpointError(f"{folder}/tokenizer.json: cannot be read: {error}") from None
+        raise CheckpointError(f"{fast}: cannot be read: {error}") from None
     for text in probes:
         expected, found = reference.encode(text).ids, ours.encode(text)
         if expected != found:

@@ -180,3 +180,11 @@ def test_a_tokenizer_json_that_ends_no_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=r"gives \[1\] at token \d+, not \[\]"):
         load(tmp_path, tmp_path / "made.model")
+
+
+def test_a_tokenizer_json_of_which_no_model_can_be_made(tmp_path: Path) -> None:
+    """It is named, not a spiece.model that is not there."""
+    vocab = [["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["twice", -1], ["twice", -2]]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "unk_id": 2, "vocab": vocab}}))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a SentencePiece model .*twice"):
+        load(tmp_path, tmp_path / "made.model")
