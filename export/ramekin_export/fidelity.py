@@ -45,7 +45,7 @@ class Fidelity:
     @classmethod
     def of(cls, rows: Sequence[Doubles]) -> Fidelity:
         """Average what `compare_rows` found, `(tokens, 4)` each."""
-        table = np.concatenate([np.asarray(each, np.float64).reshape(-1, 4) for each in rows])
+        table = np.concatenate(rows)
         finite = np.isfinite(table).all(axis=1)
         good = table[finite] if finite.any() else np.full((1, 4), np.nan)
         kl, first, top, change = good.mean(axis=0).tolist()

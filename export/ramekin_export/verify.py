@@ -28,7 +28,7 @@ from ramekin_export.target import scratch
 from ramekin_export.writer import Writer
 
 LENGTHS = (64, 256, 512, 1024)
-"""Source tokens of the texts. One of several papers is cut to one of these lengths, a single paper to each of them."""
+"""Source tokens of the texts: each of fewer than four papers is cut to all of these lengths, each of more to one of them."""
 
 MOST_PAPERS = 32
 """Of more papers the first ones are taken: each costs seconds to half a minute with a large model."""

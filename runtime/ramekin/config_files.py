@@ -99,9 +99,8 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
     for name, old in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
         length, most = generation.get(old), values.get("max_new_tokens", MOST_TOKENS)
         if name not in values and isinstance(length, int) and length > 1 and (old, length) != _CHOSEN_BY_NOBODY:
-            values[name] = (
-                min(length - 1, most) if isinstance(most, int) else length - 1
-            )  # the start token counts in the old
+            length -= 1  # without the start token, which counts in the old
+            values[name] = min(length, most) if isinstance(most, int) else length
     if "top_p" not in values and ("top_p" in generation or generation.get("do_sample") is True):
         values["top_p"] = 1.0  # no limit: files leave it out, and null is the same
     if "top_k" in generation and "top_k" not in values and str(generation.get("transformers_version")).startswith("4."):

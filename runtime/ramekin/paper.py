@@ -78,11 +78,10 @@ class Paper:
         """
         if text.lstrip().startswith("{"):
             try:
-                return cls.from_mapping(json.loads(text))
+                raw = json.loads(text)
             except (ValueError, RecursionError) as error:
-                if isinstance(error, PaperError):
-                    raise
                 raise PaperError(f"neither JSON ({error}) nor text with the heading Abstract or Introduction") from None
+            return cls.from_mapping(raw)
         return cls(**_sections(text))
 
     @classmethod

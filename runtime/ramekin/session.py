@@ -84,11 +84,11 @@ def usable_cores(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup
 
 def _cgroup_folders(proc: Path, cgroup: Path) -> list[Path]:
     """This process's cgroup and all above it, each of which may hold a quota."""
+    folders = [cgroup, cgroup / "cpu"]
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
-        return [cgroup, cgroup / "cpu"]
-    folders = [cgroup, cgroup / "cpu"]
+        return folders
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         root = cgroup if not controllers else cgroup / "cpu"
