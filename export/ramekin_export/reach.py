@@ -60,16 +60,16 @@ def measured_reach(folder: Path, papers: Sequence[Paper], progress: Callable[[in
     names = cross_names(dims.decoder_layers)
     for seen in sampled(folder, papers, [f"{cross_attention_at(i)}.q" for i in layers], SAMPLING, progress):
         for i in layers:
-            largest = (np.abs(array[:, :, seen.step]).max(axis=0) for array in seen.past[2 * i : 2 * i + 2])
-            for kept, found in zip((own_keys[i], own_values[i]), largest, strict=True):
-                np.maximum(kept, found, out=kept)
-            np.maximum(queries[i], np.abs(seen.tapped[i].reshape(-1, *shape[1:])).max(axis=0), out=queries[i])
-            if seen.step:
-                continue
+            for largest, past in zip((own_keys, own_values), seen.past[2 * i : 2 * i + 2], strict=True):
+                largest[i] = np.maximum(largest[i], np.abs(past[:, :, seen.step]).max(axis=0))
+            queries[i] = np.maximum(queries[i], np.abs(seen.tapped[i].reshape(-1, *shape[1:])).max(axis=0))
+        if seen.step:  # the prompt was looked at
+            continue
+        for i in layers:
             prompt = seen.cross[names[2 * i]][0], seen.cross[names[2 * i + 1]][0].swapaxes(1, 2)
-            for ends, array in zip((keys, values), prompt, strict=True):  # (heads, source, head_dim)
-                np.minimum(ends[0, i], array.min(axis=1), out=ends[0, i])
-                np.maximum(ends[1, i], array.max(axis=1), out=ends[1, i])
+            for (least, largest), array in zip((keys, values), prompt, strict=True):  # (heads, source, head_dim)
+                least[i] = np.minimum(least[i], array.min(axis=1))
+                largest[i] = np.maximum(largest[i], array.max(axis=1))
             sums[i] += prompt[1].sum(axis=1)
-        tokens += 0 if seen.step else seen.cross[names[0]].shape[2]
+        tokens += prompt[0].shape[1]
     return Reach(own_keys, own_values, queries, keys, values, sums / np.float32(tokens))
