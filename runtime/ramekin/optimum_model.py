@@ -24,6 +24,8 @@ from ramekin.session import failure, open_session
 Array = npt.NDArray[Any]
 _IDS, _MASK, _HIDDEN, _SOURCE_MASK = "input_ids", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
 _BRANCH = "use_cache_branch"
+_BROKEN = RamekinError, ValueError, IndexError
+"""What steps through graphs fail with whose results have other shapes."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(decoder|encoder)\.(key|value)")
 
 
@@ -184,13 +186,13 @@ class OptimumModel:
         try:
             alone, together = (self._two_steps(rows) for rows in (1, 2))
             self.shares_prompt = bool(np.abs(together[0] - alone[0]).max() <= 1e-3 * max(1, np.abs(alone[0]).max()))
-        except RamekinError:
+        except _BROKEN:
             self.shares_prompt = False
         if self.shares_prompt:
             return
         try:
             self._two_steps(2)
-        except (RamekinError, ValueError, KeyError) as error:
+        except _BROKEN as error:
             raise ModelFormatError(f"{found.graphs[-1]}: two steps of it fail: {error}") from None
 
     def _two_steps(self, rows: int) -> Array:

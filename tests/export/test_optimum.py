@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
@@ -217,6 +218,19 @@ def test_a_decoder_without_past_is_none(folder: Fold, tmp_path: Path) -> None:
     shutil.copytree(folder("flan", "two decoders"), wrong)
     shutil.copy(wrong / "decoder_model.onnx", wrong / "decoder_with_past_model.onnx")
     with pytest.raises(ModelFormatError, match="not those of a T5 with past keys and values"):
+        Engine.load(wrong)
+
+
+def test_logits_of_another_shape(folder: Fold, tmp_path: Path) -> None:
+    wrong = Path(shutil.copytree(folder("flan", "two decoders"), tmp_path / "wrong"))
+    model = onnx.load(wrong / "decoder_with_past_model.onnx")
+    (last,) = (node for node in model.graph.node if "logits" in node.output)
+    last.output[0] = "whole"
+    model.graph.node.append(onnx.helper.make_node("Flatten", ["whole"], ["logits"]))
+    (output,) = (each for each in model.graph.output if each.name == "logits")
+    output.type.tensor_type.ClearField("shape")
+    onnx.save(model, wrong / "decoder_with_past_model.onnx")
+    with pytest.raises(ModelFormatError, match="two steps of it fail"):
         Engine.load(wrong)
 
 
