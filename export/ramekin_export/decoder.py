@@ -50,8 +50,7 @@ def build_decoder(
     for i in range(dims.decoder_layers):
         block, pair = f"decoder.block.{i}", slice(2 * i, 2 * i + 2)
         at = self_attention_at(i)
-        gain = c.tensor(f"{block}.layer.0.layer_norm.weight", dims.d_model)
-        normed, x = add_and_norm(g, config, new, x, f"{block}.layer.0.layer_norm", gain)
+        normed, x = add_and_norm(g, c, config, new, x, f"{block}.layer.0.layer_norm")
         qkv = np.concatenate(list(projections(c, dims, at, "qkv").values()))
         packed = project(g, recipe.decoder.inward, normed, f"{at}.qkv", qkv)
         # The present outputs are never left out: without them onnxruntime computes nonsense, silently.
@@ -61,19 +60,16 @@ def build_decoder(
         new = project(g, recipe.decoder.outward, own, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, dims.inner))
 
         at = cross_attention_at(i)
-        gain = c.tensor(f"{block}.layer.1.layer_norm.weight", dims.d_model)
-        normed, x = add_and_norm(g, config, new, x, f"{block}.layer.1.layer_norm", gain)
+        normed, x = add_and_norm(g, c, config, new, x, f"{block}.layer.1.layer_norm")
         query = project(g, recipe.decoder.inward, normed, f"{at}.q", c.tensor(f"{at}.q.weight", dims.inner, dims.d_model))
         shared = _cross_attention(g, config, query, cross[2 * i], cross[2 * i + 1], at)
         new = project(g, recipe.decoder.outward, shared, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, dims.inner))
 
         at = f"{block}.layer.2"
-        gain = c.tensor(f"{at}.layer_norm.weight", dims.d_model)
-        normed, x = add_and_norm(g, config, new, x, f"{at}.layer_norm", gain)
+        normed, x = add_and_norm(g, c, config, new, x, f"{at}.layer_norm")
         new = feed_forward(g, c, config, recipe.decoder, normed, f"{at}.DenseReluDense", merged=True)
 
-    gain = c.tensor("decoder.final_layer_norm.weight", dims.d_model) * np.float32(head.scale)
-    normed, _ = add_and_norm(g, config, new, x, "decoder.final_layer_norm", gain)
+    normed, _ = add_and_norm(g, c, config, new, x, "decoder.final_layer_norm", head.scale)
     last = g.node("Squeeze", [normed, g.constant("axis_1", [1])], "decoder.last")
     project(g, recipe.head, last, LOGITS, c.tensor(head.weight, dims.vocab_size, dims.d_model))
     g.nodes("TopK", [LOGITS, top_k], "top", [TOP_VALUES, TOP_IDS], axis=-1)

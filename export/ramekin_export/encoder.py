@@ -25,20 +25,17 @@ def build_encoder(c: Weights, config: T5Config, recipe: Recipe, embedding: Tenso
     x, new = g.node("Gather", [g.tensor(embedding), ids], "encoder.embedded"), ""
     for i in range(dims.encoder_layers):
         attention, forward = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
-        gain = c.tensor(f"{attention}.layer_norm.weight", dims.d_model)
-        normed, x = add_and_norm(g, config, new, x, f"{attention}.layer_norm", gain)
+        normed, x = add_and_norm(g, c, config, new, x, f"{attention}.layer_norm")
 
         at = f"{attention}.SelfAttention"
         q, k, v = recipe.encoder.inward(g, normed, projections(c, dims, at, "qkv"))
         heads = g.node("MultiHeadAttention", [q, k, v, "", "", bias], f"{at}.heads", num_heads=dims.num_heads, scale=1.0)
         new = project(g, recipe.encoder.outward, heads, f"{at}.o", c.tensor(f"{at}.o.weight", dims.d_model, dims.inner))
 
-        gain = c.tensor(f"{forward}.layer_norm.weight", dims.d_model)
-        normed, x = add_and_norm(g, config, new, x, f"{forward}.layer_norm", gain)
+        normed, x = add_and_norm(g, c, config, new, x, f"{forward}.layer_norm")
         new = feed_forward(g, c, config, recipe.encoder, normed, f"{forward}.DenseReluDense", merged=False)
 
-    gain = c.tensor("encoder.final_layer_norm.weight", dims.d_model)
-    hidden, _ = add_and_norm(g, config, new, x, "encoder.final_layer_norm", gain)
+    hidden, _ = add_and_norm(g, c, config, new, x, "encoder.final_layer_norm")
     _cross(g, c, config, recipe, hidden)
     return g
 

@@ -14,12 +14,14 @@ from ramekin_export.recipe import Layers, project
 from ramekin_export.weights import Weights
 
 
-def add_and_norm(g: GraphBuilder, config: T5Config, new: str, x: str, at: str, gain: Floats) -> tuple[str, str]:
-    """The residual sum `x + new` and its RMS norm, both `(..., d_model)`: `(normed, sum)`.
+def add_and_norm(
+    g: GraphBuilder, c: Weights, config: T5Config, new: str, x: str, at: str, scale: float = 1.0
+) -> tuple[str, str]:
+    """The residual sum `x + new` and its RMS norm, times `scale`, both `(..., d_model)`: `(normed, sum)`.
 
     With no `new` (an empty name), as before the first layer, the norm of `x` alone, from ONNX's own operators.
     """
-    weight = g.weight(f"{at}.gain", gain)
+    weight = g.weight(f"{at}.gain", c.tensor(f"{at}.weight", config.dims.d_model) * np.float32(scale))
     if new:
         outputs = [at, "", "", f"{at}.sum"]
         g.nodes("SkipSimplifiedLayerNormalization", [new, x, weight], at, outputs, epsilon=config.epsilon)
