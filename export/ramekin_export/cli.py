@@ -202,4 +202,4 @@ def demo(ctx: click.Context, precision: str, n: int, seed: int) -> None:
         model = Path(folder) / "model"
         ctx.invoke(export, source=str(checkpoint), out=model, precision=precision)
         click.echo(f"a demo model, trained on synthetic papers, asks about {paper.name}:\n", err=True)
-        ctx.invoke(questions, model=model, paper=paper, n=n, seed=seed, on_long="truncate")
+        ctx.invoke(questions, model=model, paper=paper, n=n, seed=seed)

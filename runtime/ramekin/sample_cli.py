@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic
 
@@ -86,14 +86,7 @@ def generate(
 
 
 def _completion_json(completion: Completion) -> dict[str, Any]:
-    return {
-        "index": completion.index,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "logprobs": [round(value, 6) for value in completion.logprobs],
-        "finish_reason": completion.finish_reason,
-        "seed": completion.seed,
-    }
+    return {**asdict(completion), "logprobs": [round(value, 6) for value in completion.logprobs]}
 
 
 @click.command(short_help="Ask and answer questions about papers.")
