@@ -104,7 +104,7 @@ class T5Config:
             variant=variant_of(raw),
         )
 
-    def head(self, equal_to_embedding: bool | None) -> bool:
+    def scales_head(self, equal_to_embedding: bool | None) -> bool:
         """Whether the decoder's output is scaled by `d_model ** -0.5` before the head, as v1.0 does.
 
         transformers 4 scales if `tie_word_embeddings`; transformers 5 writes `tie_word_embeddings: true` for every model,
@@ -132,13 +132,13 @@ class T5Config:
         if equal_to_embedding is False:
             if self.tied is False or self.model_type == "mt5":  # transformers 5 writes true for mT5, and never scales it
                 return False
+            message = "tie_word_embeddings is not false, yet lm_head.weight differs from shared.weight"
         elif self.model_type == "t5":
             return self.tied is not False
         elif not self.tied or self.saved_by:
             return bool(self.tied) and self.saved_by == 4
-        message = "tie_word_embeddings: true does not tell whether the head of an mT5 is scaled"
-        if equal_to_embedding is False:
-            message = "tie_word_embeddings is not false, yet lm_head.weight differs from shared.weight"
+        else:
+            message = "tie_word_embeddings: true does not tell whether the head of an mT5 is scaled"
         raise CheckpointError(
             f'config.json: {message}: versions of transformers disagree on this checkpoint. Add "scale_decoder_outputs": '
             "false to config.json for FLAN-T5, T5 v1.1 and mT5, or true for T5 v1.0"

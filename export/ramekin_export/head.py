@@ -30,5 +30,5 @@ class Head:
         equal: bool | None = None
         if _WEIGHT in checkpoint:
             equal = np.array_equal(checkpoint.tensor(_WEIGHT, *shape), checkpoint.tensor(_EMBEDDING, *shape))
-        scaled = config.head(equal)
+        scaled = config.scales_head(equal)
         return cls(_EMBEDDING if equal is not False else _WEIGHT, config.dims.d_model**-0.5 if scaled else 1.0)

@@ -54,7 +54,7 @@ def from_hub(repository: str, revision: str | None) -> Path:
 
 
 def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str]) -> Path:
-    if not any(_weights(name) for name in names):
+    if not any(_holds_weights(name) for name in names):
         raise CheckpointError(
             f"{repository}: it has no model.safetensors and no pytorch_model.bin (nor an index of shards) on the Hub; "
             "weights of TensorFlow or Flax have to be saved anew by transformers 4 (`from_tf` or `from_flax`)"
@@ -75,7 +75,7 @@ def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str
 def _from_cache(hub: Any, repository: str, revision: str | None, warned: bool) -> Path:
     found = hub.try_to_load_from_cache(repository, CONFIG, revision=revision)
     folder = Path(found).parent if isinstance(found, str) else None
-    if not folder or not any(_weights(path.name) for path in folder.iterdir()):
+    if not folder or not any(_holds_weights(path.name) for path in folder.iterdir()):
         what = f"revision {revision} of it" if revision else "it"
         raise CheckpointError(
             f"{repository}: no such folder, and the Hub cannot be reached and its cache does not have {what}; "
@@ -95,11 +95,11 @@ def wanted(names: Iterable[str]) -> list[str]:
     present = {name for name in names if "/" not in name}
     small = sorted(name for name in present if name.endswith(".json") or name == "spiece.model")
     for kind in ("model", "pytorch_model"):
-        weights = sorted(name for name in present if _weights(name) and name.startswith(kind))
+        weights = sorted(name for name in present if _holds_weights(name) and name.startswith(kind))
         if weights:
             return small + weights
     return small
 
 
-def _weights(name: str) -> bool:
+def _holds_weights(name: str) -> bool:
     return bool(re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin", name))

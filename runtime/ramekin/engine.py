@@ -249,7 +249,7 @@ class Engine:
             raise TypeError("expected a list of token ids, not a text, which `score` takes")
         if isinstance(ids, bytes | bytearray | memoryview) or not (isinstance(ids, Sequence) or hasattr(ids, "__array__")):
             raise TypeError(f"expected a text or a list of token ids, not {type(ids).__name__}")
-        if isinstance(ids, Sequence) and any(isinstance(each, str) for each in ids[:1]):
+        if isinstance(ids, Sequence) and ids and isinstance(ids[0], str):
             raise TypeError(
                 "expected one text, or a list of token ids; `generate_many` and `stream_many` take several texts"
             )
