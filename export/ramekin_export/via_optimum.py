@@ -10,7 +10,7 @@ from typing import Any
 from ramekin import golden
 from ramekin.config_files import CONFIG, GENERATION
 from ramekin.engine import Engine
-from ramekin.errors import CheckpointError
+from ramekin.errors import CheckpointError, one_line
 from ramekin.manifest import TOKENIZER, FileRecord, Manifest
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.target import check_target, scratch, whole_or_not_at_all
@@ -48,7 +48,7 @@ def export_via_optimum(source: str, out: Path, precision: str, revision: str | N
                     ORTModelForSeq2SeqLM.from_pretrained(checkpoint.folder, export=True).save_pretrained(exact)
                     _quantize(exact, folder)
         except Exception as error:  # optimum, torch and transformers have no error in common
-            raise CheckpointError(f"{source}: optimum cannot export it: {' '.join(str(error).split())[:300]}") from error
+            raise CheckpointError(f"{source}: optimum cannot export it: {one_line(error)}") from error
         write_vocabulary(checkpoint.folder, checkpoint.config, checkpoint.generation, folder / TOKENIZER)
         engine = Engine.load(folder)
         manifest = replace(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ramekin.errors import ProviderError, RamekinError
+from ramekin.errors import ProviderError, RamekinError, one_line
 from ramekin.manifest import Dims
 from ramekin.session import about_memory, failure
 from ramekin.tensors import (
@@ -149,10 +149,9 @@ def device_errors(device: str, needed: int) -> Iterator[None]:
     except RamekinError:
         raise
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        reason = " ".join(str(error).split())
         if about_memory(error):
             raise ProviderError(
                 f"too little memory ({device}): this job needs {needed / 1e9:.1f} GB beside the weights; ask for fewer or "
-                f"shorter samples ({reason[:200]})"
+                f"shorter samples ({one_line(error)})"
             ) from None
         raise failure(error) from error

@@ -56,3 +56,8 @@ class RuntimeVersionError(RamekinError, ImportError):
 
 class VerificationError(RamekinError):
     """A model folder does not compute what it did at export, or what its checkpoint does in float32."""
+
+
+def one_line(error: object) -> str:
+    """What an error of somebody else's says, to be quoted: at most 300 characters, without line breaks."""
+    return " ".join(str(error).split())[:300]

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from ramekin.errors import ProviderError
+from ramekin.errors import ProviderError, one_line
 from ramekin.manifest import PROVIDERS
 
 AUTO = "auto"
@@ -76,16 +76,12 @@ def cuda_problem(ort: Any) -> str:
         return f"there is no NVIDIA driver on this machine ({_DRIVER} cannot be loaded)"
     told = _preload(ort)
     if "Please follow" in told:  # a library is missing; onnxruntime would now log what it has just said
-        return f"CUDA does not work here ({_short(told)}); libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        return f"CUDA does not work here ({one_line(told)}); libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
     try:
         ort.OrtValue.ortvalue_from_shape_and_type([1], 1, "cuda", 0)
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        return f"CUDA does not work here ({_short(told or str(error))})"
+        return f"CUDA does not work here ({one_line(told or error)})"
     return ""
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:300]
 
 
 def _preload(ort: Any) -> str:

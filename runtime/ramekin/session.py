@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ramekin.errors import ModelFormatError, ProviderError, RamekinError, RuntimeVersionError
+from ramekin.errors import ModelFormatError, ProviderError, RamekinError, RuntimeVersionError, one_line
 from ramekin.manifest import PROVIDERS, VersionRange
 from ramekin.onnxfile import external_locations
 
@@ -53,7 +53,7 @@ def about_limits(error: Exception) -> bool:
 
 def failure(error: Exception, hint: str = "; `ramekin verify` tells whether the model is intact") -> RamekinError:
     """What to tell of a run that onnxruntime ended with an error, and what to do about it."""
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     if about_memory(error):
         return RamekinError(f"not enough memory; ask for fewer or shorter samples, or give a shorter prompt ({reason})")
     if about_limits(error):
@@ -152,12 +152,12 @@ def open_session(
     try:
         session = _create(ort, path, options, (PROVIDERS[provider], given))
     except Exception as error:  # onnxruntime raises a dozen unrelated types
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if about_memory(error):
-            raise RamekinError(f"{path}: not enough memory to load this graph ({reason[:300]})") from error
+            raise RamekinError(f"{path}: not enough memory to load this graph ({reason})") from error
         if about_limits(error):
-            raise RamekinError(f"{path}: {LIMITS} ({reason[:300]})") from error
-        raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason[:300]}") from error
+            raise RamekinError(f"{path}: {LIMITS} ({reason})") from error
+        raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason}") from error
     if PROVIDERS[provider] not in session.get_providers():
         raise ProviderError(f"{path}: onnxruntime fell back to {', '.join(session.get_providers())} instead of {provider}")
     return session
