@@ -71,5 +71,5 @@ def measured_reach(folder: Path, papers: Sequence[Paper], progress: Callable[[in
                 least[i] = np.minimum(least[i], array.min(axis=1))
                 largest[i] = np.maximum(largest[i], array.max(axis=1))
             sums[i] += prompt[1].sum(axis=1)
-        tokens += prompt[0].shape[1]
+        tokens += seen.cross[names[0]].shape[2]
     return Reach(own_keys, own_values, queries, keys, values, sums / np.float32(tokens))

@@ -24,7 +24,7 @@ from ramekin.session import failure, open_session
 Array = npt.NDArray[Any]
 _IDS, _MASK, _HIDDEN, _SOURCE_MASK = "input_ids", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"
 _BRANCH = "use_cache_branch"
-_BROKEN = RamekinError, ValueError, IndexError
+_BROKEN = RamekinError, ValueError, LookupError
 """What steps through graphs fail with whose results have other shapes."""
 _PAST = re.compile(r"past_key_values\.(\d+)\.(decoder|encoder)\.(key|value)")
 
