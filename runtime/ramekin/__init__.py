@@ -19,7 +19,8 @@ from ramekin.errors import (
     RuntimeVersionError,
     VerificationError,
 )
-from ramekin.paper import Paper, QAPair, build_prompt
+from ramekin.paper import Paper, build_prompt
+from ramekin.qa_pair import QAPair
 from ramekin.sample import Completion, Token
 from ramekin.sampling import SamplingParams
 

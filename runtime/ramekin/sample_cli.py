@@ -15,7 +15,8 @@ from ramekin.engine import Engine, TruncationWarning
 from ramekin.errors import InputError
 from ramekin.inputs import read_papers, read_prompts
 from ramekin.options import PATH, model_options, open_engine, sampling_options
-from ramekin.paper import SEPARATOR, Paper, QAPair, build_prompt
+from ramekin.paper import Paper, build_prompt
+from ramekin.qa_pair import SEPARATOR, QAPair
 from ramekin.sample import Completion, Token
 from ramekin.sampling import SamplingParams
 from ramekin.terminal import Item, is_terminal, json_text, progress_in_groups, say, whole, write
@@ -142,6 +143,10 @@ def questions(
 
     labels = [f"paper {number} ({each.title})" if each.title else f"paper {number}" for number, each in enumerate(papers, 1)]
     prompts = [build_prompt(each, engine.manifest.prompt) for each in papers]
+    for part in ("abstract", "introduction"):
+        lack = [label for label, each in zip(labels, papers, strict=True) if not getattr(each, part).strip()]
+        if lack and f"{{{part}}}" in engine.manifest.prompt:
+            say(f"no {part} found in {lack[0]}{f' and {len(lack) - 1} more' if lack[1:] else ''}")
     asked = _asked(engine, labels, papers, prompts, on_long)
     groups = progress_in_groups(_groups(asked, engine.model.prompts_at_once), "papers")
     _sample(engine, groups, params, tell)

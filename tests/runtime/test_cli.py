@@ -217,6 +217,15 @@ def test_questions_print_what_is_malformed_only_when_asked(paper: str) -> None:
     assert run("questions", str(TINY_MODEL), paper, "-n", "3", "--seed", "2", "--all")[1].count("(no separator)") == 3
 
 
+def test_what_a_paper_lacks_is_told(paper: str, tmp_path: Path) -> None:
+    path = tmp_path / "papers.jsonl"
+    path.write_text("\n".join(json.dumps(each) for each in (PAPER, {"title": "U", "abstract": "A."}, {"abstract": "B."})))
+    err = run("questions", str(TINY_MODEL), str(path), "-n", "1")[2]
+    assert "no introduction found in paper 2 (U) and 1 more" in err
+    assert "no abstract" not in err
+    assert "found in" not in run("questions", str(TINY_MODEL), paper, "-n", "1")[2]
+
+
 def test_many_papers(tmp_path: Path) -> None:
     path = tmp_path / "papers.jsonl"
     path.write_text(f"{json.dumps(PAPER)}\n{json.dumps({**PAPER, 'title': 'U'})}\n")

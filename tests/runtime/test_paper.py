@@ -210,11 +210,65 @@ def test_markdown_in_its_forms(text: str, title: str, abstract: str, introductio
 @pytest.mark.parametrize(
     "text",
     [
+        "T\n\nA BSTRACT\nWe do.\n\n1\n\nI NTRODUCTION\n\nMuch has.\n\n2\n\nR ELATED W ORK\n\nNo.",  # pdftotext
+        "T\n\nAbstract\nWe do. \n1 \nIntroduction \nMuch has. \n2 \nRelated Work \nNo. ",  # PyMuPDF
+        "T\n\nAbstract\u2014We do.\nIndex Terms\u2014nets\n\nI. I NTRODUCTION\nMuch has.\n\nII. R ELATED W ORK\nNo.",
+        "T\n\nA B S T R A C T\n\nWe do.\n\nKeywords:\nNets\n\n1.Introduction\n\nMuch has.\n\n2.Related work\n\nNo.",
+        "      T\n\n            Abstract\n    We do.\n\n      1   Introduction\nMuch has.\n\n      2   Method\nNo.",
+        "T\n\nABSTRACT\nWe do.\nCCS CONCEPTS\nNets.\nKEYWORDS\nnets\n\n1 INTRODUCTION & AIMS\nMuch has.\n\n2 METHOD\nNo.",
+        "T\n\nAbstract \u2013 We do.\n\nAuthor summary\n\nA.\n\nIntroduction\n\nMuch has.\n\nMaterials and methods\n\nNo.",
+        '# T\n# Abstract\nWe do.\n\n**Keywords:** nets\n# <span id="1"></span>1 Introduction\nMuch has.\n# 2 Method\nNo.',
+        "# T\n\n***Abstract*\u2014** We do.\n\n## **1** **Introduction**\n\nMuch has.\n\n## **2** **Method**\n\nNo.",
+        "T\n\n**Abstract**\n\nWe do.\n\n**1** **Introduction**\n\nMuch has.\n\n**2** **Method**\n\nNo.",
+        "---\nabstract: |\n  We\n\n  do.\nauthor:\n- A\ntitle: 'T'\n---\n\n# Introduction\n\nMuch has.\n\n# Method\n\nNo.",
+        "---\ntitle: T\nabstract: We do.\ntags: [x]\n...\n## 1. Introduction and motivation\nMuch has.\n## 2. Method\nNo.",
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_papers_as_tools_write_them(text: str, end: str) -> None:
+    assert Paper.parse(text.replace("\n", end)) == Paper("T", "We do.", "Much has.")
+
+
+@pytest.mark.parametrize(
+    ("text", "abstract", "introduction"),
+    [
+        ("Abstract\nKeywords:\nNets\n\nWe do.\nIntroduction\nI.", "Keywords: Nets We do.", "I."),  # in a box at its side
+        (
+            "Abstract\nWe look for\nkeywords: all.\nMethods\nThey do.\nResults\nB.",
+            "We look for keywords: all. Methods They do. Results B.",
+            "",
+        ),
+        ("Introduction\nAll of the\nResults\nare new.", "", "All of the Results are new."),
+        (
+            "T\n1\n\nIntroduction\nIt has\n\n2\n\nRunning Head\n\ngone.\n\n2\n\nMethod\nNo.",
+            "",
+            "It has 2 Running Head gone.",
+        ),
+        ("T\n1\nIntroduction\nIt has.\n\n2\n\n\fRunning Head\n\nSo.", "", "It has. 2 Running Head So."),
+        ("Abstract\nWe do.\n1\n\nI. INTRODUCTION\nI.\nII. METHOD\nNo.", "We do. 1", "I."),
+        ("# 1 Introduction\nIt has.\n# 1.1 Aims\nMany.\n# 2 Method\nNo.", "", "It has. 1.1 Aims Many."),
+        ("# Abstract and Concrete\n## Abstract\nWe do.", "We do.", ""),
+        ("---\n\nA Title\n\n---\n\nAbstract\nWe do.", "We do.", ""),
+        ('---\ntitle: T\nabstract: ""\n---\n\nAbstract\nWe do.', "We do.", ""),
+    ],
+)
+def test_what_only_looks_like_an_end(text: str, abstract: str, introduction: str) -> None:
+    paper = Paper.parse(text)
+    assert (paper.abstract, paper.introduction) == (abstract, introduction)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         f"# a{' ' * 200_000}b",
         "~~~ x\n" * 50_000,
         "x\n" * 200_000,
         "# a}\n\n-b}\n---\n" * 20_000,
         "\n".join(map("`".__mul__, range(900, 3, -1))),
+        "---\na: b\n" + "title: |\n \n" * 50_000,
+        f"# {'<a ' * 50_000}",
+        f"{' ' * 200_000}1{' ' * 200_000}b",
+        ".\n1\n" * 50_000,
     ],
 )
 def test_any_text_is_read_at_once(text: str) -> None:
