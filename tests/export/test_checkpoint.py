@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from benchmarks.random_checkpoint import write_checkpoint
 from ramekin import CheckpointError, Engine
+from ramekin.manifest import FileRecord
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
 from ramekin_export.head import Head
@@ -60,6 +62,9 @@ def edit_weights(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) 
 def test_shards_are_one_checkpoint(tmp_path: Path, exported: Callable[[str, str], Engine]) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE, shards=3)
     assert not (folder / "model.safetensors").exists()
+    files = {path.name: FileRecord.of(path).sha256 for path in folder.glob("model-*.safetensors")}
+    assert len(files) == 3
+    assert Checkpoint.open(str(folder)).source["weights"] == files
     np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
 
 
@@ -79,11 +84,60 @@ def test_the_index_says_which_shard_holds_a_tensor(tmp_path: Path, exported: Cal
         Checkpoint.open(str(folder))
 
 
+def test_one_file_of_safetensors_comes_first(tmp_path: Path) -> None:
+    """Whatever else lies beside it: transformers reads it, too."""
+    folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE)
+    for other in ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json"):
+        (folder / other).write_text("rubbish")
+    assert list(Checkpoint.open(str(folder)).source["weights"]) == ["model.safetensors"]
+
+
+def test_a_shard_outside_the_folder_is_not_read(tmp_path: Path) -> None:
+    """Though it is there, and holds what the index says."""
+    folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE)
+    weights = (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    for name in ("../model.safetensors", str(weights)):
+        index = {"weight_map": dict.fromkeys(load_file(weights), name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors' that is not in the folder"):
+            Checkpoint.open(str(folder))
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_an_embedding_that_is_not_finite(bad: float, copy: Callable[[str], Path]) -> None:
+    folder, dims = copy("flan"), VARIANTS["flan"]
+
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        tensors["shared.weight"][3, 3] = bad
+
+    edit_weights(folder, spoil)
+    with pytest.raises(CheckpointError, match=r"'shared\.weight' holds numbers that are not finite"):
+        Checkpoint.open(str(folder)).tensor("shared.weight", dims["vocab_size"], dims["d_model"])
+
+
+def test_the_name_of_a_folder(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the one that one is in; and a name that is no UTF-8 does not keep the manifest from being written."""
+    folder = copy("flan")
+    monkeypatch.chdir(folder)
+    assert Checkpoint.open(".").source["folder"] == "checkpoint"
+    try:
+        odd = folder.rename(folder.with_name("odd\udcff"))
+    except OSError:
+        pytest.skip("names of files are UTF-8 here")
+    assert Checkpoint.open(str(odd)).source["folder"] == "odd?"
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.05), ("bfloat16", 0.4)])
 def test_half_precision(tmp_path: Path, exported: Callable[[str, str], Engine], dtype: str, tolerance: float) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", VARIANTS["flan"], SPIECE, dtype=dtype)
     expected = exported("flan", "fp32").logits(SOURCE, TARGET)
     np.testing.assert_allclose(logits_of(folder), expected, atol=tolerance)
+
+
+def test_double_precision(copy: Callable[[str], Path], exported: Callable[[str, str], Engine]) -> None:
+    folder = copy("flan")
+    edit_weights(folder, lambda weights: weights.update({name: array.astype(float) for name, array in weights.items()}))
+    np.testing.assert_array_equal(logits_of(folder), exported("flan", "fp32").logits(SOURCE, TARGET))
 
 
 def test_pickled_weights(copy: Callable[[str], Path], exported: Callable[[str, str], Engine]) -> None:
@@ -388,6 +442,8 @@ def index(content: str) -> Callable[[Path], None]:
         (config(tie_word_embeddings="no"), "tie_word_embeddings must be true or false"),
         (config(layer_norm_epsilon=0), "out of range"),
         (config(relative_attention_max_distance=1 << 62), "out of range"),
+        (config(relative_attention_max_distance=16), "out of range"),
+        (config(relative_attention_num_buckets=3), "out of range"),
         (weights(drop_head), r"no tensor 'lm_head.weight', and config.json says .*tie_word_embeddings: false"),
         (config(num_layers=2), "is of a block that config.json does not have: 2 in the encoder"),
         (config(num_decoder_layers=1), "is of a block that config.json does not have: 1 in the decoder"),
@@ -411,6 +467,18 @@ def test_broken_checkpoints(copy: Callable[[str], Path], tmp_path: Path, damage:
         export(str(folder), tmp_path / "model")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+@pytest.mark.parametrize("told", [{}, {"num_layers": 3}, {"num_layers": 3, "num_decoder_layers": None}])
+def test_what_a_config_leaves_out(told: dict[str, Any]) -> None:
+    """As T5's first configs do with the largest distance, of which no tensor tells: transformers' defaults."""
+    reference = pytest.importorskip("transformers").T5Config(**told)
+    found = T5Config.from_json({"model_type": "t5", **told})
+    theirs = {"head_dim": "d_kv", "encoder_layers": "num_layers", "decoder_layers": "num_decoder_layers"}
+    assert asdict(found.dims) == {name: getattr(reference, theirs.get(name, name)) for name in asdict(found.dims)}
+    buckets, distance = (getattr(reference, f"relative_attention_{name}") for name in ("num_buckets", "max_distance"))
+    assert (found.buckets, found.max_distance, found.epsilon) == (buckets, distance, reference.layer_norm_epsilon)
+    assert (found.activation, found.gated) == (reference.dense_act_fn, reference.is_gated_act)
 
 
 @pytest.mark.parametrize("source", ["", "someone/flan-t5-lora"])
@@ -462,6 +530,7 @@ def test_a_hub_id_offline_from_its_cache(checkpoint: Callable[[str], Path], tmp_
     hub_cache(tmp_path, checkpoint("flan"))
     done = run_export(tmp_path, "someone/tiny-t5", *revision)
     assert done.returncode == 0, done.stderr
+    assert "cannot be reached" not in done.stderr  # nobody wanted to
     source = json.loads((tmp_path / "model" / "manifest.json").read_text())["source"]
     assert source["repository"] == "someone/tiny-t5"
     assert source["commit"] == "a" * 40
@@ -501,23 +570,27 @@ class StandIn:
         self.folder, self.names, self.asked = folder, names, list[Any]()
         self.failure: Exception | None = None
         self.broken: Exception | None = None
+        self.revisions, self.elsewhere = set[str | None](), dict[str, Path]()
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self._listed)
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", self._download)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", self._cached)
 
     def _listed(self, repository: str, *, revision: str | None, timeout: float) -> Any:
         self.asked.append((repository, revision))
+        self.patience = timeout
         if self.failure:
             raise self.failure
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
 
     def _download(self, repository: str, name: str, *, revision: str | None) -> str:
         self.asked.append(name)
+        self.revisions.add(revision)
         if self.broken:
             raise self.broken
-        return str(self.folder / name)
+        return str(self.elsewhere.get(name, self.folder) / name)
 
     def _cached(self, repository: str, name: str, *, revision: str | None) -> str | None:
+        self.revisions.add(revision)
         return str(self.folder / name) if self.folder.exists() else None
 
 
@@ -547,8 +620,18 @@ def test_the_hub_is_asked_for_what_is_needed(stand_in: StandIn) -> None:
     """Which revision, which files, and the weights last: so weights in the cache say that all is there."""
     opened = Checkpoint.open("someone/t5", "v2")
     assert stand_in.asked == [("someone/t5", "v2"), "config.json", "spiece.model", "model.safetensors"]
+    assert stand_in.revisions == {"v2"}
+    assert 0 < stand_in.patience < 60
     assert (opened.source["repository"], opened.source["revision"]) == ("someone/t5", "v2")
     assert "shared.weight" in opened
+    assert Checkpoint.open("someone/t5").source["revision"] == "main"
+
+
+def test_files_of_two_commits_are_no_checkpoint(stand_in: StandIn, tmp_path: Path) -> None:
+    """Somebody pushed while the config was there and the weights were not."""
+    stand_in.elsewhere["model.safetensors"] = tmp_path
+    with pytest.raises(CheckpointError, match=r"^someone/t5: it was changed on the Hub meanwhile; try again$"):
+        Checkpoint.open("someone/t5")
 
 
 @pytest.mark.parametrize(
@@ -557,6 +640,7 @@ def test_the_hub_is_asked_for_what_is_needed(stand_in: StandIn) -> None:
         (refusal("GatedRepoError", 403), "someone/t5: it is gated: ask for access on its page, and log in .*HF_TOKEN$"),
         (refusal("RepositoryNotFoundError", 401), "no such folder, and no such repository on the Hub, or a private one"),
         (refusal("RevisionNotFoundError", 404), "it has no revision 'v2' on the Hub$"),
+        (errors.HFValidationError("Cannot have -- in repo_id"), "it cannot be downloaded: Cannot have -- in repo_id$"),
         (refusal("HfHubHTTPError", 429), r"it cannot be downloaded: 429 Client Error\. \(Request ID: x\)$"),
     ],
 )
@@ -628,10 +712,9 @@ def test_only_what_is_needed_is_downloaded() -> None:
     ]
     needed = ["config.json", "generation_config.json", "spiece.model", "tokenizer.json", "model.safetensors"]
     assert wanted(everything) == needed
-    assert wanted(["pytorch_model-00001-of-00002.bin", "config.json", "training_args.bin"]) == [
-        "config.json",
-        "pytorch_model-00001-of-00002.bin",
-    ]
+    for shard in ("model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"):
+        kept = ["config.json", shard.replace("-00001-of-00002", "") + ".index.json", shard]
+        assert wanted([shard, "training_args.bin", *kept[:2]]) == kept
 
 
 @pytest.mark.parametrize("prefix", ["model.", "module."])
