@@ -85,12 +85,34 @@ def test_the_best_int4_scale_beats_the_largest_weight_s() -> None:
     assert found < 0.85 * np.square(nearest(weight, 128) - weight).sum()
 
 
+@pytest.mark.parametrize("extreme", [8, -8])
+def test_int4_scales_serve_either_sign(extreme: int) -> None:
+    """The outermost of sixteen levels stands on one side only: a weight that lies there is exact, and so are all others."""
+    weight = np.random.default_rng(0).integers(-7, 8, (5, 64)).astype(np.float32)
+    weight[:, 9] = extreme
+    np.testing.assert_allclose(restored(per_block(weight, 4, 64), 5, 4, 64), weight, atol=1e-6)
+
+
+def test_errors_of_a_block_are_made_up_for_by_the_next() -> None:
+    """Where the second block sees nearly what the first one sees."""
+    rng = np.random.default_rng(3)
+    weight, first = weights(40, 64), rng.standard_normal((2000, 32))
+    x = np.concatenate([first, first + 0.01 * rng.standard_normal(first.shape)], axis=1).astype(np.float32)
+    moment = x.T @ x
+    apart = moment * np.kron(np.eye(2, dtype=np.float32), np.ones((32, 32), np.float32))
+    errors = [
+        np.square(x @ (restored(per_block(weight, 4, 32, each), 40, 4, 32) - weight).T).sum() for each in (moment, apart)
+    ]
+    assert errors[0] < 0.6 * errors[1]
+
+
 def test_rounding_by_what_is_seen_makes_outputs_more_exact() -> None:
     rng = np.random.default_rng(1)
     weight = weights(40, 256)
     x = (rng.standard_normal((2000, 24)) @ rng.standard_normal((24, 256)) + 0.1 * rng.standard_normal((2000, 256))).astype(
         np.float32
     )
+    x[:, [3, 200]] = 0  # two inputs are never seen: the others are made up for all the same
     moment, fresh = x[:1500].T @ x[:1500], x[1500:]
     plain = restored(per_block(weight, 4, 128), 40, 4, 128)
     better = restored(per_block(weight, 4, 128, moment), 40, 4, 128)
