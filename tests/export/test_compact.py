@@ -249,13 +249,18 @@ def test_leaving_samples_change_nothing(engines: Callable[..., tuple[Engine, Eng
     assert kept() is None
 
 
-@pytest.mark.parametrize("source", [1, 2, 3, 7])
+@pytest.mark.parametrize("source", [1, 2, 3, 7, 1500])
 @pytest.mark.parametrize("n", [1, 4])
-def test_short_prompts(source: int, n: int, engines: Callable[..., tuple[Engine, Engine, Units]]) -> None:
+def test_short_and_long_prompts(source: int, n: int, engines: Callable[..., tuple[Engine, Engine, Units]]) -> None:
     compact, reference, _ = engines("flan")
     model: Any = compact.model
-    cross = model.prefill(SOURCE[:source])
+    cross = model.prefill(np.resize(SOURCE, source))
     agree(run(model, cross, n), run(reference.model, read_back(cross), n))
+
+
+def test_no_sum_of_shares_and_values_saturates() -> None:
+    """x86 processors without VNNI add the products of two neighbours up in 16 bits."""
+    assert 2 * SHARES * 128 < 1 << 15
 
 
 def test_shares_too_small_for_a_unit_are_not_lost(

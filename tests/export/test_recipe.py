@@ -10,7 +10,7 @@ ort = pytest.importorskip("onnxruntime")
 
 from ramekin_export.graph import GraphBuilder, WeightFile  # noqa: E402
 from ramekin_export.quantize import per_channel  # noqa: E402
-from ramekin_export.recipe import Int8TwoBytes, Linear, project  # noqa: E402
+from ramekin_export.recipe import Int8PerToken, Int8TwoBytes, Linear, project  # noqa: E402
 
 INPUTS, OUTPUTS = 2816, 50
 
@@ -20,11 +20,11 @@ def weight() -> np.ndarray:
 
 
 def computed(folder: Path, form: Linear, x: np.ndarray) -> np.ndarray:
-    """The projection of `x (n, 1, in)` in some form, by onnxruntime."""
+    """The projection of `x (n, tokens, in)` in some form, by onnxruntime."""
     with WeightFile(folder / "weights.bin") as file:
         g = GraphBuilder("linear", file)
-        project(g, form, g.input("x", np.float32, ["n", 1, INPUTS]), "y", weight())
-        g.output("y", np.float32, ["n", 1, OUTPUTS])
+        project(g, form, g.input("x", np.float32, ["n", "tokens", INPUTS]), "y", weight())
+        g.output("y", np.float32, ["n", "tokens", OUTPUTS])
         g.save(folder / "linear.onnx")
     session = ort.InferenceSession(str(folder / "linear.onnx"), providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, {"x": x})[0])
@@ -64,3 +64,14 @@ def test_two_bytes_of_what_is_no_number_are_none(tmp_path: Path) -> None:
     x = hard_rows()
     x[0, 0, 0] = np.nan
     assert np.isnan(computed(tmp_path, Int8TwoBytes(), x)[0]).all()
+
+
+def test_one_byte_with_a_scale_for_each_token(tmp_path: Path) -> None:
+    """Off by half a step of its own row's largest value at most, be that positive or negative, tiny or huge."""
+    x, q = hard_rows().swapaxes(0, 1), per_channel(weight())
+    x[0, 1] *= -1
+    exact = x.astype(np.float64) @ (q.values * q.scales).astype(np.float64)
+    found = computed(tmp_path, Int8PerToken(), x)
+    step = np.abs(x).max(axis=-1, keepdims=True) / 127 / np.sqrt(12) * np.linalg.norm(weight(), axis=1)
+    assert (np.abs(found - exact) <= 5 * step + 1e-5 * np.abs(exact)).all()
+    assert not found[0, 4].any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_options_of_the_comparison_need_a_reference(demo: Path, capsys: pytest.C
         cli.main(["verify", str(demo / "int8"), "--json"])
     assert stop.value.code == 2
     assert "belong to --reference" in capsys.readouterr().err
+
+
+def test_the_limits_are_those_of_the_readme() -> None:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(int\d)`.*\| KL ([\d.]+) \|$", readme, re.MULTILINE)
+    assert {name: float(limit) for name, limit in told} == {name: RECIPES[name].most_divergence for name in ("int8", "int4")}
 
 
 @pytest.fixture
