@@ -258,11 +258,6 @@ def test_short_and_long_prompts(source: int, n: int, engines: Callable[..., tupl
     agree(run(model, cross, n), run(reference.model, read_back(cross), n))
 
 
-def test_no_sum_of_shares_and_values_saturates() -> None:
-    """x86 processors without VNNI add the products of two neighbours up in 16 bits."""
-    assert 2 * SHARES * 128 < 1 << 15
-
-
 def test_shares_too_small_for_a_unit_are_not_lost(
     engines: Callable[..., tuple[Engine, Engine, Units]], tmp_path: Path
 ) -> None:

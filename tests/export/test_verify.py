@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,9 @@ from examples.synthetic import held_out_papers, make_paper
 from ramekin import Engine, Paper, SamplingParams, build_prompt, cli
 from ramekin.errors import VerificationError
 from ramekin.manifest import Manifest
+from ramekin_export.calibrate import SAMPLING, sampled
 from ramekin_export.cli import EXAMPLES
+from ramekin_export.decoder import cross_attention_at
 from ramekin_export.fidelity import Fidelity, compare
 from ramekin_export.pipeline import export
 from ramekin_export.recipe import RECIPES
@@ -197,6 +200,20 @@ def test_calibration_makes_int4_better_on_its_own_kind_of_text(tmp_path: Path) -
     with_it, without = (Fidelity.of(compare(exact, model, sources, params)).kl for model in models)
     assert with_it < without
     assert "calibration" in found[0].recipe["decoder"]
+
+
+def test_calibration_sees_no_more_of_a_sample_that_has_ended(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(1, 100))}))
+    export(str(source), tmp_path / "model", "fp32")
+    engine, papers = Engine.load(tmp_path / "model"), Checks().calibration_papers()
+    expected = []
+    for number, prompt in enumerate(prompts(engine.tokenizer, engine.manifest, papers, whole=True)):
+        lengths = [len(sample.token_ids) for sample in engine.generate(prompt, replace(SAMPLING, seed=number))]
+        assert min(lengths) < max(lengths)
+        expected += [sum(length > step for length in lengths) for step in range(max(lengths))]
+    seen = sampled(tmp_path / "model", papers, [f"{cross_attention_at(0)}.q"], SAMPLING, lambda _done, _all: None)
+    assert [len(each.tapped[0]) for each in seen] == expected
 
 
 def test_papers_are_cut_to_several_lengths(demo: Path) -> None:
