@@ -22,7 +22,7 @@ from ramekin_export.decoder import cross_attention_at
 from ramekin_export.fidelity import Fidelity, compare
 from ramekin_export.pipeline import export
 from ramekin_export.recipe import RECIPES
-from ramekin_export.verify import LENGTHS, Checks, prompts
+from ramekin_export.verify import LENGTHS, MOST_PAPERS, Checks, prompts
 
 CHECKPOINT = EXAMPLES / "checkpoint"
 FIGURES = {"tokens", "kl", "kl_p99", "first_choice", "top50", "nll_change", "non_finite"}
@@ -78,6 +78,38 @@ def test_another_checkpoint_is_found_out(
     assert stop.value.code == 1
     assert "another shape" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reference_reads_the_models_own_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of its template: here the abstract alone, which is short."""
+    export(str(CHECKPOINT), tmp_path / "model", "fp32", prompt="{abstract}")
+    paper = {"title": "", "abstract": "We propose a parser.", "introduction": "It reads texts. " * 100}
+    (tmp_path / "paper.json").write_text(json.dumps(paper))
+    reference = ["--reference", str(CHECKPOINT), "--papers", str(tmp_path / "paper.json")]
+    cli.main(["verify", str(tmp_path / "model"), *reference, "--json"])
+    assert list(json.loads(capsys.readouterr().out)["by_source_tokens"]) == ["64"]
+
+
+def test_the_reference_of_another_revision(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["verify", str(demo / "int8"), "--reference", str(CHECKPOINT), "--revision", "v2"])
+    assert stop.value.code == 1
+    assert "a folder has no revisions" in capsys.readouterr().err
+
+
+def test_papers_to_calibrate_and_to_verify_with(tmp_path: Path) -> None:
+    """No model is judged on what it was calibrated with, and not for hours."""
+    built_in = Checks()
+    seen, judged = (
+        {paper.abstract for paper in each()} for each in (built_in.calibration_papers, built_in.verification_papers)
+    )
+    assert seen
+    assert judged
+    assert not seen & judged
+    many = write_papers(tmp_path / "papers.jsonl", count=MOST_PAPERS + 3)
+    given = Checks(calibrate=many, papers=many)
+    for papers in (given.calibration_papers(), given.verification_papers()):
+        assert [paper.title for paper in papers] == [paper.title for paper in held_out_papers(MOST_PAPERS)]
 
 
 def test_float32_passes_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
