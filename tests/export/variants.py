@@ -30,6 +30,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mt5": {**_TINY, "model_type": "mt5", "architectures": ["MT5ForConditionalGeneration"], "vocab_size": 600},
     "exact-gelu": {**_TINY, "feed_forward_proj": "gelu", "num_heads": 3, "d_kv": 16},
     "gated-relu": {**_TINY, "feed_forward_proj": "gated-relu", "relative_attention_num_buckets": 16},
-    "few-buckets": {**_TINY, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
+    "few-buckets": {
+        **_TINY,
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "layer_norm_epsilon": 0.005,
+    },
     "one-head": {**_TINY, "num_heads": 1, "d_kv": 64, "num_layers": 2},
 }
