@@ -44,6 +44,12 @@ def test_each_figure_is_what_it_says() -> None:
     assert found.kl_p99 == pytest.approx(np.percentile(rows[:, 0], 99))
 
 
+def test_small_figures_are_written_as_exactly_as_large_ones() -> None:
+    found = Fidelity(tokens=123456, kl=1.23456e-7, kl_p99=0.5, first_choice=1, top50=1, nll_change=-2.34567e-5, non_finite=0)
+    written = found.to_json()
+    assert (written["tokens"], written["kl"], written["nll_change"]) == (123456, 1.235e-7, -2.346e-5)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite_are_counted(bad: float) -> None:
     other = logits()
