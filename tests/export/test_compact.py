@@ -420,6 +420,19 @@ def test_units_are_what_each_channel_reaches(checkpoint: Callable[[str], Path], 
         np.testing.assert_allclose((reach.queries[i] / units.queries[i]).max(), REACH, rtol=1e-5)
 
 
+def test_units_come_from_the_papers_to_calibrate_with(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """And not from those that the model is judged on."""
+    own, other = (tmp_path / name for name in ("own.txt", "other.txt"))
+    own.write_text("# Abstract\n\nWe propose a parser.\n\n# Introduction\n\nIt reads texts.\n")
+    other.write_text("# Abstract\n\nNets learn.\n\n# Introduction\n\nThey forget, too.\n")
+    graphs = []
+    for number, (calibrate, papers) in enumerate(((own, own), (own, other), (other, other))):
+        checks = Checks(calibrate=calibrate, papers=papers, verify=False)
+        manifest = export(str(checkpoint("flan")), tmp_path / str(number), "int8", checks=checks)
+        graphs.append(manifest.files[COMPACT_DECODER].sha256)
+    assert graphs[0] == graphs[1] != graphs[2]
+
+
 def test_queries_reach_as_far_as_was_seen(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Of the same samples again, by a decoder of its own: the largest size of every channel."""
     folder = write(checkpoint("flan"), tmp_path / "model", "fp32", RECIPES["fp32"])
