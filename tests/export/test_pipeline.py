@@ -58,8 +58,10 @@ def test_an_existing_folder_is_replaced_only_by_force(checkpoint: Callable[[str]
     out, source = tmp_path / "model", str(checkpoint("flan"))
     export(source, out, "fp32")
     before = (out / "manifest.json").read_text()
+    told: list[str] = []
     with pytest.raises(FileExistsError, match="--force replaces it"):
-        export(source, out, "int8")
+        export(source, out, "int8", progress=lambda stage, _done, _all: told.append(stage))
+    assert not told  # before the work, not after it
     assert (out / "manifest.json").read_text() == before
     export(source, out, "int8", force=True)
     assert Manifest.load(out).precision == "int8"
