@@ -256,6 +256,9 @@ def test_papers_are_cut_to_several_lengths(demo: Path) -> None:
         assert [len(source) for source in sources] == sizes
         assert all(source[-1] == 1 for source in sources)
     assert [len(source) for source in prompts(engine.tokenizer, engine.manifest, [long] * 4, whole=True)] == [1024] * 4
+    less = replace(engine.manifest, max_source_tokens=100)  # then no length comes twice
+    for count, whole, sizes in ((1, False, [64, 100]), (4, False, [64, 100, 100, 100]), (4, True, [100] * 4)):
+        assert [len(source) for source in prompts(engine.tokenizer, less, [long] * count, whole)] == sizes
 
 
 @pytest.mark.parametrize("text", ["", "no json", '{"title": 1}'])
