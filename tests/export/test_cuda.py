@@ -175,6 +175,17 @@ def test_float16_survives_massive_activations(checkpoint: Callable[[str], Path],
     assert max(largest) > 65_504
 
 
+@pytest.mark.parametrize("variant", ["flan", "v1.0"])
+def test_float16_leaves_out_wo(variant: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """On the CPU, which computes in float32 anyway, massive activations survive in whatever the graph says."""
+    folder = made(checkpoint(variant), tmp_path / "model", "fp16")
+    for name, layers in ((ENCODER, VARIANTS[variant]["num_layers"]), (DECODER, VARIANTS[variant]["num_decoder_layers"])):
+        weights = onnx.load(folder / name, load_external_data=False).graph.initializer
+        found = {part: [w.data_type for w in weights if w.name.endswith(f".{part}.weight")] for part in ("wo", "o")}
+        assert found["wo"] == [TensorProto.FLOAT] * layers
+        assert set(found["o"]) == {TensorProto.FLOAT16}
+
+
 @pytest.mark.parametrize("precision", ["fp32-cuda", "bf16", "fp16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_node_has_a_cuda_kernel(
