@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,18 +124,48 @@ def test_the_largest_draw_stays_in_range() -> None:
     probabilities = np.array([[0.1] * 10, [1.0] + [0.0] * 9, [0.3, 0.3, 0.4] + [0.0] * 7])
     assert draw(probabilities, np.full(3, 1 - 2.0**-53)).tolist() == [9, 0, 2]
     assert draw(probabilities, np.zeros(3)).tolist() == [0, 0, 0]
+    assert draw(np.array([[0.5, 0.5]]), np.array([0.5])).tolist() == [1]  # a share is closed below, open above
 
 
 def test_log_probabilities_are_the_models_own() -> None:
     full = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
+    full[:, [0, 1]] = 4  # what a rule takes away has its share all the same
+    expected = full - np.log(np.exp(full).sum(axis=1, keepdims=True))
     for params in (
         SamplingParams(temperature=0.3, top_k=3),
         SamplingParams(repetition_penalty=3.0),
+        SamplingParams(no_repeat_ngram_size=1),
+        SamplingParams(min_new_tokens=5),
+        SamplingParams(min_new_tokens=5, top_k=0),
         SamplingParams(greedy=True),
     ):
-        chosen, logprobs = choose(whole(full, params.candidates), [[0]] * 3, [1], params, np.array([0.1, 0.5, 0.9]))
-        expected = full - np.log(np.exp(full).sum(axis=1, keepdims=True))
-        np.testing.assert_allclose(logprobs, expected[range(3), chosen], atol=1e-5)
+        for given in (whole(full.copy(), params.candidates), with_logprobs(full.copy(), params.candidates)):
+            chosen, logprobs = choose(given, [[0]] * 3, [1], params, np.array([0.1, 0.5, 0.9]))
+            np.testing.assert_allclose(logprobs, expected[range(3), chosen], atol=1e-5)
+
+
+def with_logprobs(full: np.ndarray, k: int) -> Logits:
+    """What the graphs for CUDA return, which compute log-probabilities of what they rank."""
+    given = whole(full, k)
+    logprobs = given.top_values - np.log(np.exp(full).sum(axis=1, keepdims=True))
+    return replace(given, top_logprobs=logprobs.astype(np.float32))
+
+
+def test_a_token_beyond_the_graphs_log_probabilities() -> None:
+    """Rules may leave none of the tokens that the graph ranked."""
+    full = np.arange(300, dtype=np.float32)[None] / 100
+    for params in (SamplingParams(top_k=0, top_p=1.0), SamplingParams(repetition_penalty=50.0)):
+        chosen, logprobs = choose(with_logprobs(full, 4), [[0, *range(280, 300)]], [1], params, np.array([0.99]))
+        assert chosen.item() < 290
+        np.testing.assert_allclose(logprobs, log_probabilities(full, chosen), atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", [{"top_k": 20, "top_p": 1.0}, {"top_k": 0, "top_p": 0.9}])
+def test_of_equal_tokens_the_smaller_come_first(rules: dict[str, object]) -> None:
+    full = np.random.default_rng(1).integers(0, 9, (1, 300)).astype(np.float32)
+    ids = rank(full, SamplingParams(**rules)).ids
+    assert ids.shape[1] < 300
+    assert ids.tolist() == np.argsort(-full, axis=1, kind="stable")[:, : ids.shape[1]].tolist()
 
 
 def test_ties_beyond_the_ranking_are_found() -> None:
@@ -178,6 +209,10 @@ def test_no_repeat_ngram_and_repetition_penalty() -> None:
 def test_logits_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(RamekinError, match="not numbers"):
         log_probabilities(np.full((1, 5), np.nan, np.float32), np.array([0]))
+    given = whole(np.zeros((1, 5), np.float32), 5)
+    given = replace(given, top_logprobs=np.full((1, 5), np.nan, np.float32))
+    with pytest.raises(RamekinError, match="not numbers"):
+        choose(given, [[0]], [1], SamplingParams(), np.array([0.5]))
 
 
 @pytest.mark.filterwarnings("error")
@@ -185,9 +220,10 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
     "rules", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.5}, {"repetition_penalty": 2.0}, {"greedy": True}]
 )
 @pytest.mark.parametrize("where", [slice(None), slice(3, 4)])
-def test_a_step_of_logits_that_are_not_numbers_is_told(rules: dict[str, object], where: slice) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_of_logits_that_are_not_numbers_is_told(rules: dict[str, object], where: slice, value: float) -> None:
     full = np.zeros((2, 300), np.float32)
-    full[1, where] = np.nan
+    full[1, where] = value
     params = SamplingParams(**rules)
     with pytest.raises(RamekinError, match="not numbers"):
         choose(whole(full, params.candidates), [[0]] * 2, [1], params, np.array([0.5, 0.5]))
