@@ -346,6 +346,32 @@ def test_wrong_load_arguments(arguments: dict[str, object]) -> None:
         Engine.load(TINY_MODEL, **arguments)  # type: ignore[arg-type]
 
 
+def test_more_candidates_than_tokens(engine: Engine) -> None:
+    """Ranked are all of them then."""
+    every, more = (engine.generate(PROMPT, SamplingParams(top_k=k, seed=1, max_new_tokens=5)) for k in (512, 10_000))
+    assert every == more
+
+
+def test_what_the_decoder_is_fed_first(engine: Engine) -> None:
+    """The start token, which need not be the padding's."""
+    other = Engine(engine.model, engine.tokenizer, replace(engine.manifest, tokens=replace(engine.manifest.tokens, start=9)))
+    expected = engine.model.step([9], engine.model.new_cache(engine.model.prefill([5, 1]), 1, 1, 1)).full[0].copy()
+    np.testing.assert_array_equal(other.logits([5, 1], [7])[0], expected)
+    first = other.generate([5, 1], SamplingParams(greedy=True, max_new_tokens=1))[0]
+    assert first.token_ids == (expected.argmax(),)
+    assert not np.array_equal(engine.logits([5, 1], [7])[0], expected)
+
+
+def test_each_eos_ends_a_sample(engine: Engine) -> None:
+    eos = (1, *range(400, 500))
+    several = Engine(
+        engine.model, engine.tokenizer, replace(engine.manifest, tokens=replace(engine.manifest.tokens, eos=eos))
+    )
+    samples = sampled(several, 16)
+    assert len({sample.token_ids[-1] for sample in samples if sample.finish_reason == "eos"}) > 2
+    assert not any(set(sample.token_ids[:-1]) & set(eos) for sample in samples)
+
+
 def test_model_defaults_come_before_the_usual_ones(engine: Engine) -> None:
     tuned = Engine(engine.model, engine.tokenizer, replace(engine.manifest, generation={"top_k": 3, "max_new_tokens": 7}))
     assert (tuned.params().top_k, tuned.params().max_new_tokens, tuned.params().top_p) == (3, 7, 0.95)
