@@ -10,8 +10,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from ramekin import (
@@ -23,7 +25,9 @@ from ramekin import (
     VerificationError,
     golden,
 )
+from ramekin.cli import main
 from ramekin.manifest import FileRecord, Manifest
+from ramekin.model import Model
 from ramekin.onnxfile import external_locations
 from tests.runtime.conftest import CUDA_MODEL, INT8_MODEL, RUNS_CUDA_GRAPHS, TINY_MODEL
 
@@ -108,6 +112,8 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw["onnxruntime"].update(at_least="9" * 5000 + ".1.1"), "range of versions"),
         (lambda raw: raw["tokens"].update(eos=[]), "at least one eos"),
         (lambda raw: raw["tokens"].update(start=9999), "outside the vocabulary"),
+        (lambda raw: raw["tokens"].update(start=512), "outside the vocabulary of 512"),
+        (lambda raw: raw["tokens"].update(eos=[1, -1]), "all of them integers >= 0"),
         (lambda raw: raw["files"].pop("decoder.onnx"), "must list decoder.onnx"),
         (lambda raw: raw.update(max_source_tokens=0), "max_source_tokens"),
         (lambda raw: raw.update(onnxruntime={"at_least": "new"}), "onnxruntime must be a range of versions"),
@@ -117,6 +123,8 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw.update(precision="\x1b[2J"), "precision must be str without control characters, not "),
         (lambda raw: raw.update(generation={"top_p": 10**400}), "top_p must be"),
         (lambda raw: raw["files"].update({"../x": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
+        (lambda raw: raw["files"].update({"..\\x": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
+        (lambda raw: raw["files"].update({"manifest.json": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),
     ],
 )
 def test_manifests_that_contradict_themselves(model_copy: Path, change: Callable[[dict[str, Any]], None], says: str) -> None:
@@ -179,6 +187,32 @@ def test_verify_notices_what_a_fitting_manifest_hides(model_copy: Path) -> None:
     assert err.count("\n") == 1
 
 
+def test_verify_hashes_large_files_too(model_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loading takes those over 32 MB by their size."""
+    with (model_copy / "more.bin").open("wb") as stream:
+        stream.truncate((32 << 20) + 1)
+    rewrite(model_copy, lambda raw: raw["files"].update({"more.bin": {}}), rehash=True)
+    with (model_copy / "more.bin").open("r+b") as stream:
+        stream.write(b"x")
+    assert Engine.load(model_copy)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(model_copy)])
+    assert ended.value.code == 1
+    assert "more.bin: altered since the export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wrong", "passes"), [(0.0, True), (0.01, False), (float("nan"), False), (-0.01, False)])
+def test_how_far_a_golden_run_may_be(engine: Engine, wrong: float, passes: bool) -> None:
+    """In float32 a hundredth at one token is too much; in int8 it is rounding."""
+    told = engine.manifest.golden
+    golden_run = {**told, "logprobs": [told["logprobs"][0] + wrong, *told["logprobs"][1:]]}
+    if passes:
+        assert golden.check(engine, golden_run) < 2e-3
+    else:
+        with pytest.raises(VerificationError, match="golden run: log-probabilities differ by"):
+            golden.check(engine, golden_run)
+
+
 # An untrusted model folder
 
 
@@ -215,6 +249,31 @@ def graph_with_external_data(location: bytes) -> bytes:
 def test_external_data_is_found_wherever_it_hides() -> None:
     assert external_locations(graph_with_external_data(b"/x")) == {"/x"}
     assert external_locations((TINY_MODEL / "decoder.onnx").read_bytes()) == {"decoder.bin", "embedding.bin"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        [7, 5],  # a graph's initializer
+        [7, 15, 1],  # a sparse one's values
+        [7, 15, 2],  # and its places
+        [7, 1, 5, 5],  # an attribute of a node: a tensor,
+        [7, 1, 5, 10],  # several,
+        [7, 1, 5, 11, 5],  # graphs,
+        [7, 1, 5, 22, 1],  # a sparse tensor,
+        [7, 1, 5, 23, 2],  # several
+        [25, 7, 5, 5],  # a node of a function
+        [25, 11, 5],  # the usual value of a function's attribute
+        [20, 1, 5],  # training: how to begin
+        [20, 2, 5],  # and a step
+    ],
+)
+def test_no_place_hides_external_data(path: list[int]) -> None:
+    """Field numbers of onnx.proto, from the model to a tensor."""
+    content = field(13, field(1, b"location") + field(2, b"/x"))
+    for number in reversed(path):
+        content = varint(number << 3 | 2) + varint(len(content)) + content
+    assert external_locations(content) == {"/x"}
 
 
 def test_a_tag_that_protobuf_would_cut_short() -> None:
@@ -281,13 +340,34 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     assert "rename the folder" in err
 
 
+def test_a_tokenizer_with_more_pieces_than_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ramekin.tokenizer.Tokenizer.piece_count", 513)
+    with pytest.raises(ModelFormatError, match=r"spiece.model has more pieces than the model"):
+        Engine.load(TINY_MODEL)
+
+
+@pytest.mark.parametrize("graph", ["_encoder", "_decoder"])
+@pytest.mark.parametrize("side", ["get_inputs", "get_outputs"])
+@pytest.mark.parametrize("change", [{"type": "tensor(string)"}, {"name": "another"}, {"shape": [3, 3, 3, 3]}])
+def test_tensors_that_do_not_fit(engine: Engine, graph: str, side: str, change: dict[str, Any]) -> None:
+    """Inputs and outputs are memory of ours, which a graph from elsewhere must not take for something else."""
+    model: Any = engine.model
+    sessions = {name: getattr(model, name) for name in ("_encoder", "_decoder")}
+    tensors = [
+        SimpleNamespace(name=each.name, shape=each.shape, type=each.type) for each in getattr(sessions[graph], side)()
+    ]
+    vars(tensors[-1]).update(change)
+    kept = {name: getattr(sessions[graph], name)() for name in ("get_inputs", "get_outputs")} | {side: tensors}
+    sessions[graph] = SimpleNamespace(get_inputs=lambda: kept["get_inputs"], get_outputs=lambda: kept["get_outputs"])
+    with pytest.raises(ModelFormatError, match=f"{graph[1:]}.onnx: "):
+        Model(onnxruntime, sessions["_encoder"], sessions["_decoder"], engine.manifest)
+
+
 # onnxruntime
 
 
 @pytest.mark.parametrize("version", ["1.22.1", "1.23.1", "2.0.0", "0.9"])
 def test_unsupported_onnxruntime(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    import onnxruntime
-
     monkeypatch.setattr(onnxruntime, "__version__", version)
     package = "onnxruntime-gpu" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() else "onnxruntime"
     with pytest.raises(RuntimeVersionError, match=rf"^{package} {version} is not supported .*'{package}>=1.23.2,<2.0.0'"):

@@ -28,6 +28,29 @@ def test_the_golden_run_repeats(engine: Engine) -> None:
     assert golden.check(engine, engine.manifest.golden) < 0.1
 
 
+def test_an_older_onnxruntime_computes_with_floats(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is compared with what these graphs computed at export, and not with the others' figures."""
+    figures = {**engine.manifest.golden}
+    both = {name: figures.pop(name) for name in ("logprobs", "compact_logprobs")}
+    monkeypatch.setattr(onnxruntime, "__version__", "1.29.0")
+    plain = Engine.load(INT8_MODEL, threads=2)
+    assert not plain.model.compact
+    for each in (plain, engine):
+        own, other = ("compact_logprobs", "logprobs") if each.model.compact else ("logprobs", "compact_logprobs")
+        assert golden.check(each, {**figures, own: both[own]}) < 0.1
+        with pytest.raises(ModelFormatError, match="no usable golden run"):
+            golden.check(each, {**figures, other: both[other]})
+
+
+def test_one_of_the_pair_is_no_use(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(INT8_MODEL, tmp_path / "model"))
+    raw = json.loads((folder / "manifest.json").read_text())
+    del raw["files"][COMPACT_ENCODER]
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    (folder / COMPACT_ENCODER).unlink()
+    assert not Engine.load(folder).model.compact
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_samples_of_full_length(engine: Engine, n: int) -> None:
     params = SamplingParams(n=n, max_new_tokens=50, min_new_tokens=50, seed=3)
