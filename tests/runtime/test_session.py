@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ramekin import Engine, RuntimeVersionError
+from ramekin import Engine, RuntimeVersionError, session
+from ramekin.cli import main
 from ramekin.errors import ModelFormatError, RamekinError
 from ramekin.options import open_engine
 from ramekin.session import usable_cores
@@ -39,6 +41,9 @@ def machine(tmp_path: Path, cgroup: str, files: dict[str, str]) -> tuple[Path, P
             1,
         ),
         ("4:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, None),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),  # more than one core is two
+        ("0::/a\n", {"cpu.max": "900000 100000", "a/cpu.max": "100000 100000"}, 1),
+        ("0::/a\n", {"cpu.max": "100000 100000", "a/cpu.max": "900000 100000"}, 1),
         ("0::/\n", {"cpu.max": "rubbish"}, None),
         ("rubbish\n", {}, None),
     ],
@@ -81,6 +86,22 @@ def test_what_is_not_the_models_fault(
     with pytest.raises(RamekinError, match=told) as failed:
         Engine.load(TINY_MODEL)
     assert type(failed.value) is kind
+
+
+def test_threads_are_as_many_as_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[int] = []
+
+    def created(ort: Any, path: Path, options: Any, provider: Any) -> Any:
+        given.append(options.intra_op_num_threads)
+        return create(ort, path, options, provider)
+
+    create = session._create
+    monkeypatch.setattr(session, "_create", created)
+    Engine.load(TINY_MODEL, threads=3)
+    Engine.load(TINY_MODEL)
+    (tmp_path / "prompt").write_text("x")
+    main(["generate", str(TINY_MODEL), str(tmp_path / "prompt"), "--threads", "3"])
+    assert given == [3, 3, usable_cores(), usable_cores(), 3, 3]
 
 
 def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
