@@ -454,6 +454,9 @@ LONGEST = ["--max-new-tokens", "600", "--min-new-tokens", "600", "--top-k", "0"]
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["info", "none"], 1, "no such model folder"),
         (["verify", "{tmp}"], 1, "not a ramekin model folder"),
+        (["verify", "{model}", "--papers", "{tmp}/text.txt"], 2, "--papers and --json belong to --reference"),
+        (["verify", "{model}", "--revision", "main"], 2, "--papers and --json belong to --reference"),
+        (["verify", "{model}", "--json"], 2, "--papers and --json belong to --reference"),
     ],
 )
 def test_wrong_commands_say_one_line(arguments: list[str], status: int, says: str, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ import pytest
 from ramekin import Completion, Engine, RamekinError
 from ramekin.cli import main
 from ramekin.manifest import MANIFEST, Manifest
-from ramekin.terminal import write
+from ramekin.model import Model
+from ramekin.terminal import progress_in_groups, write
 from tests.runtime.conftest import CUDA_MODEL, RUNS_CUDA_GRAPHS, TINY_MODEL
 from tests.runtime.test_bad_input import run
 
@@ -226,6 +227,54 @@ def test_what_a_paper_lacks_is_told(paper: str, tmp_path: Path) -> None:
     assert "found in" not in run("questions", str(TINY_MODEL), paper, "-n", "1")[2]
 
 
+WRITTEN = (
+    Completion(0, "What? [SEP] A net.", (5, 1), (-1.0, -1.0), "eos", 3),
+    Completion(1, "Why? [SEP] It is", (5, 6), (-1.0, -1.0), "length", 3),
+    Completion(2, "nothing", (7, 1), (-1.0, -1.0), "eos", 3),
+)
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a trained model might write of any paper."""
+    monkeypatch.setattr(Engine, "stream_many", lambda *_: iter([(0, completion) for completion in reversed(WRITTEN)]))
+
+
+@pytest.mark.usefixtures("written")
+def test_pairs_as_people_read_them(paper: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["questions", str(TINY_MODEL), paper, "-n", "3"])
+    out, err = capsys.readouterr()
+    assert out == "Q: What?\nA: A net.\n\n"
+    assert err == "ramekin: 2 of 3 samples were not a question and a whole answer; --all prints them\n"
+    main(["questions", str(TINY_MODEL), paper, "-n", "3", "--all"])
+    out, err = capsys.readouterr()
+    assert out.startswith("Q: What?\nA: A net.\n\nQ: Why?\nA: It is\n   (")
+    assert (out.count("Q: "), out.count("\n   (")) == (3, 2)
+    assert err == "ramekin: 2 of 3 samples were not a question and a whole answer\n"
+
+
+@pytest.mark.usefixtures("written")
+def test_an_answer_that_was_cut_is_a_problem(paper: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["questions", str(TINY_MODEL), paper, "-n", "3", "--json"])
+    pairs = json.loads(capsys.readouterr().out)["pairs"]
+    assert [bool(pair["problem"]) for pair in pairs] == [False, True, True]
+    assert [(pair["question"], pair["answer"]) for pair in pairs[:2]] == [("What?", "A net."), ("Why?", "It is")]
+
+
+def test_prompts_are_streamed_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where several are computed at once, as on a GPU, their texts would be mixed."""
+    monkeypatch.setattr(Model, "prompts_at_once", 3)
+    (tmp_path / "prompts.jsonl").write_text('"one"\n"two"\n')
+    main(["generate", str(TINY_MODEL), str(tmp_path / "prompts.jsonl"), "--stream", "--seed", "1"])
+    together = capsys.readouterr().out
+    for prompt in ("one", "two"):
+        (tmp_path / "prompt.txt").write_text(prompt)
+        main(["generate", str(TINY_MODEL), str(tmp_path / "prompt.txt"), "--stream", "--seed", "1"])
+    assert capsys.readouterr().out == together
+
+
 def test_many_papers(tmp_path: Path) -> None:
     path = tmp_path / "papers.jsonl"
     path.write_text(f"{json.dumps(PAPER)}\n{json.dumps({**PAPER, 'title': 'U'})}\n")
@@ -259,10 +308,39 @@ def test_prompts_that_are_too_long_are_told_of_each_and_refused(tmp_path: Path, 
 
 
 def test_a_reader_that_leaves() -> None:
-    command = f"{sys.executable} -m ramekin generate {TINY_MODEL} -n 50 --seed 1 | head -n 1"
+    command = f"({sys.executable} -m ramekin generate {TINY_MODEL} -n 50 --seed 1; echo status $? >&2) | head -n 1"
     done = subprocess.run(command, shell=True, input=b"x", capture_output=True, timeout=60, check=False)
     assert done.stdout.count(b"\n") == 1
-    assert done.stderr == b""
+    assert done.stderr == b"status 1\n"
+
+
+def test_too_little_memory_for_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(*_: object) -> None:
+        raise MemoryError("Unable to allocate 800. MiB")
+
+    monkeypatch.setattr(Engine, "load", fails)
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", str(TINY_MODEL)])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("ramekin: not enough memory (Unable to allocate 800. MiB); ask for less")
+
+
+class Terminal(StringIO):
+    """A person watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("results", "shown"), [(StringIO(), True), (Terminal(), False)])
+def test_progress_counts_items_and_stays_out_of_results(
+    results: StringIO, shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", results)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert list(progress_in_groups([[1, 2], [3]], "papers")) == [[1, 2], [3]]
+    assert ("3/3" in sys.stderr.getvalue()) == shown  # type: ignore[attr-defined]
+    assert bool(sys.stderr.getvalue()) == shown  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
@@ -332,6 +410,26 @@ cli.main()
         assert "interrupted" not in told
     else:
         assert done.stdout == run(*arguments)[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGTERM")
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_signal_in_the_middle_of_what_is_streamed(n: int) -> None:
+    """What was begun is written to its end."""
+    code = f"""
+import signal, sys
+from ramekin import cli, terminal
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def is_terminal(stream):  # asked when something is about to be written
+    signal.raise_signal(signal.SIGTERM)
+    return real(stream)
+real, terminal.is_terminal = terminal.is_terminal, is_terminal
+cli.main(["generate", {str(TINY_MODEL)!r}, "--stream", "-n", "{n}", "--seed", "1", "--min-new-tokens", "9"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], input="x", capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (143, "")
+    assert done.stdout.endswith("\n")
+    assert len(done.stdout) > 1
 
 
 def test_results_into_a_stream_of_the_host(paper: str) -> None:

@@ -242,6 +242,7 @@ def test_a_host_that_runs_commands_while_it_is_loaded(tmp_path: Path) -> None:
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job is deaf to it
         "with Stopping(ends=False):\n"
         "    signal.raise_signal(signal.SIGINT)\n"
+        "    print('not at once')\n"
         "print('went on')\n"
     )
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import host"]
