@@ -52,6 +52,20 @@ def test_a_job_makes_exactly_its_tokens(engine: Engine) -> None:
     assert 0 <= timing.python_share < 1
 
 
+def test_a_job_is_not_ended_by_its_samples(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    eos = tuple(range(1, 400))
+    short = Engine(engine.model, engine.tokenizer, replace(engine.manifest, tokens=replace(engine.manifest.tokens, eos=eos)))
+    step, rows = engine.model.step, []
+
+    def counted(token_ids: Any, cache: Any) -> Any:
+        rows.append(len(token_ids))
+        return step(token_ids, cache)
+
+    monkeypatch.setattr(engine.model, "step", counted)
+    run(short, Job(n=3, source=20, tokens=7))
+    assert rows == [3] * 7
+
+
 def test_the_least_work_of_flan_t5_large(engine: Engine) -> None:
     """By hand: 302 M encoder weights and 50 M of cross K/V; 352 M decoder weights without these, and a head of 33 M."""
     manifest = _large(engine.manifest)

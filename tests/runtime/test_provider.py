@@ -127,6 +127,20 @@ def test_missing_libraries_are_named(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("driver")
+def test_libraries_in_folders_that_onnxruntime_does_not_know() -> None:
+    """What it says of them goes before the failure that comes of it; and its own `print` is as before."""
+
+    class Older(Ort):
+        def preload_dlls(self) -> None:
+            raise FileNotFoundError("no folder cudnn")
+
+    ort = Older("CUDA failure 999")
+    assert cuda_problem(ort) == "CUDA does not work here (no folder cudnn)"
+    assert cuda_problem(Older()) == ""
+    assert "print" not in vars(ort)
+
+
+@pytest.mark.usefixtures("driver")
 def test_a_driver_without_a_gpu() -> None:
     problem = cuda_problem(Ort("CUDA failure 100: no CUDA-capable device is detected ; GPU=0"))
     assert "no CUDA-capable device is detected" in problem

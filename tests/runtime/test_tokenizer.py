@@ -79,6 +79,27 @@ def test_characters_of_several_bytes() -> None:
     assert decoder.text == tokenizer.decode(ids)
 
 
+def test_one_blank_at_the_beginning_is_taken_away() -> None:
+    """That of the first word; more are the text's own."""
+    tokenizer, ids = Tokenizer(Bytes(), SpecialTokens(start=0, pad=0, eos=(1,))), [4 + 0x20, 3, 3]
+    decoder = IncrementalDecoder(tokenizer)
+    for i in ids:
+        decoder.push(i)
+    assert decoder.text == tokenizer.decode(ids) == " a a"
+
+
+def test_the_longest_added_token_is_taken() -> None:
+    tokens = SpecialTokens(start=0, pad=0, eos=(1,), named={"C": 400, "C++": 401, "C+": 402})
+    tokenizer = Tokenizer(TOKENIZER._pieces, tokens)
+    assert [tokenizer.encode(text) for text in ("C++", "C+", "C")] == [[401, 1], [402, 1], [400, 1]]
+
+
+def test_a_prompt_ends_with_the_tokenizers_own_eos() -> None:
+    """Whatever else ends a sample."""
+    tokens = SpecialTokens(start=0, pad=0, eos=(7, 1))
+    assert Tokenizer(TOKENIZER._pieces, tokens).encode("a")[-1] == 1
+
+
 def test_half_a_surrogate_pair_is_a_question_mark() -> None:
     assert TOKENIZER.encode("a \ud800") == TOKENIZER.encode("a ?")
 
