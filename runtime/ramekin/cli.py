@@ -114,15 +114,25 @@ def _run(arguments: list[str] | None, stopping: Stopping) -> None:
         say("stopped")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _flush_or_drop_stdout()
         sys.exit(1)
     except (RamekinError, FileExistsError) as error:
         say(error)
         sys.exit(1)
     except OSError as error:
         say(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
+        _flush_or_drop_stdout()
         sys.exit(1)
     except MemoryError as error:
         reason = f" ({error})" if str(error) else ""
         say(f"not enough memory{reason}; ask for less at once, or take a smaller model or a larger machine")
         sys.exit(1)
+
+
+def _flush_or_drop_stdout() -> None:
+    """Drop what stdout cannot take: Python would try again as it ends, with messages and an exit status of its own."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

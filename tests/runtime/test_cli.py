@@ -119,6 +119,17 @@ def test_closed_streams(paper: str) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_results_that_cannot_be_written_are_one_line(unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    for command in (["--version"], ["info", str(TINY_MODEL)]):
+        with Path("/dev/full").open("wb") as full:
+            line = [sys.executable, "-m", "ramekin", *command]
+            done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False, env=environment)
+        assert (done.returncode, done.stderr) == (1, b"ramekin: No space left on device\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_notices_that_cannot_be_written_do_not_cost_the_results(unbuffered: str, paper: str) -> None:
     command = [sys.executable, "-m", "ramekin", "questions", str(TINY_MODEL), paper, "-n", "2", "--seed", "1", "--all"]
     short = [*command, "--max-source-tokens", "8"]  # tells that the prompt was cut, and that pairs are malformed
@@ -307,9 +318,13 @@ def test_prompts_that_are_too_long_are_told_of_each_and_refused(tmp_path: Path, 
     assert "nothing was run" in err
 
 
-def test_a_reader_that_leaves() -> None:
-    command = f"({sys.executable} -m ramekin generate {TINY_MODEL} -n 50 --seed 1; echo status $? >&2) | head -n 1"
-    done = subprocess.run(command, shell=True, input=b"x", capture_output=True, timeout=60, check=False)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves(unbuffered: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('"x"\n' * 10)  # more text than a pipe holds: it cannot all be written first
+    line = f"{sys.executable} -m ramekin generate {TINY_MODEL} {tmp_path}/prompts.jsonl -n 50 --max-new-tokens 400 --seed 1"
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = f"({line}; echo status $? >&2) | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=60, check=False, env=environment)
     assert done.stdout.count(b"\n") == 1
     assert done.stderr == b"status 1\n"
 
