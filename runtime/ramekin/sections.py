@@ -63,10 +63,8 @@ def sections(text: str) -> dict[str, str]:
     front = _FRONT_MATTER.match(text)
     fields = _FIELD.findall(front[1]) if front else []
     given = {name: " ".join(value.split()).strip("\"'") for name, value in fields}
-    return {
-        **_below_headings(text[front.end() :] if front else text),
-        **{name: said for name, said in given.items() if said},
-    }
+    found = _below_headings(text[front.end() :] if front else text)
+    return {name: given.get(name) or said for name, said in found.items()}
 
 
 def _below_headings(text: str) -> dict[str, str]:
