@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ramekin
-from ramekin.config_files import generation_defaults
+from ramekin.config_files import cleans_up, generation_defaults
 from ramekin.manifest import DECODER, ENCODER, MANIFEST, TOKENIZER, FileRecord, Manifest, VersionRange
 from ramekin_export.checkpoint import Checkpoint
 from ramekin_export.config import T5Config
@@ -63,6 +63,7 @@ class Writer:
             recipe=recipe.describe(),
             files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},
             prompt=self._prompt,
+            clean_up_tokenization_spaces=cleans_up(checkpoint.folder),
             generation=generation_defaults(checkpoint.generation),
             source=checkpoint.source,
             tools=tools(),

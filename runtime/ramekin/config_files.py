@@ -13,7 +13,7 @@ from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import SpecialTokens
 from ramekin.sampling import MOST_TOKENS, SamplingParams
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+CONFIG, GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
 _SENTINELS, _MOST_SENTINELS = 100, 10_000
 _SAMPLING = (
     "max_new_tokens",
@@ -182,6 +182,15 @@ def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str
         raise CheckpointError(f"{folder}: {CONFIG} or {GENERATION}: {error}") from None
 
 
+def cleans_up(folder: Path) -> bool:
+    """Whether a checkpoint's texts are cleaned up: if it says so (to transformers before 4.45: unless it says no).
+
+    Raises:
+        CheckpointError: `tokenizer_config.json` cannot be read.
+    """
+    return bool(read_if_there(folder / _TOKENIZER).get("clean_up_tokenization_spaces"))
+
+
 def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator[tuple[str, int, bool]]:
     """Texts that stand for one id each, and whether they are left out of decoded text.
 
@@ -190,7 +199,7 @@ def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator
     for i in (pieces.pad_id(), pieces.eos_id(), pieces.unk_id()):
         if i >= 0:
             yield pieces.id_to_piece(i), i, True
-    settings = read_if_there(folder / "tokenizer_config.json")
+    settings = read_if_there(folder / _TOKENIZER)
     if settings.get("legacy") is False:
         warnings.warn(
             f"{folder}: tokenizer_config.json says legacy: false; a text right behind a special token is read as with true",

@@ -92,7 +92,7 @@ class Engine:
         model, manifest, provider, reason = _open(folder, provider, threads or usable_cores())
         if max_source_tokens is not None:
             manifest = replace(manifest, max_source_tokens=max_source_tokens)
-        tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens)
+        tokenizer = Tokenizer.load(folder / TOKENIZER, manifest.tokens, manifest.clean_up_tokenization_spaces)
         if tokenizer.piece_count > manifest.dims.vocab_size:
             raise ModelFormatError(f"{folder}: {TOKENIZER} has more pieces than the model; export the model again")
         try:

@@ -143,6 +143,7 @@ class Manifest:
         layout: whose graphs they are: "ramekin", ours (see `tensors`), "cuda", ours for GPUs, or "optimum", as its exporter
             names them.
         providers: where the graphs can be computed, see `PROVIDERS`.
+        clean_up_tokenization_spaces: see `Tokenizer.cleans_up`; as `tokenizer_config.json` calls it.
         opset: of ONNX, of its graphs; the compact ones have a later one of their own.
     """
 
@@ -156,6 +157,7 @@ class Manifest:
     variant: str = "t5"
     prompt: str = DEFAULT_PROMPT
     max_source_tokens: int = 1024
+    clean_up_tokenization_spaces: bool = False
     generation: Mapping[str, Any] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
@@ -169,7 +171,8 @@ class Manifest:
         longest = self.max_source_tokens
         if not isinstance(longest, int) or isinstance(longest, bool) or not 1 <= longest <= MOST_SOURCE_TOKENS:
             raise ModelFormatError(f"max_source_tokens must be from 1 to {MOST_SOURCE_TOKENS}, not {longest!r}")
-        for name, kind in (("variant", str), ("prompt", str), ("precision", str), ("opset", int)):
+        kinds = {"variant": str, "prompt": str, "precision": str, "opset": int, "clean_up_tokenization_spaces": bool}
+        for name, kind in kinds.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or (name in ("variant", "precision") and not str(value).isprintable()):
                 raise ModelFormatError(f"{name} must be {kind.__name__} without control characters, not {value!r}")

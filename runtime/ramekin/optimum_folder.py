@@ -17,6 +17,7 @@ import sentencepiece
 
 from ramekin.config_files import (
     CONFIG,
+    cleans_up,
     generation_defaults,
     read_generation,
     read_json,
@@ -153,6 +154,7 @@ class OptimumFolder:
             files={each.name: FileRecord(bytes=each.stat().st_size, sha256="") for each in (*self._weights(), path)},
             layout="optimum",
             variant=variant_of(raw),
+            clean_up_tokenization_spaces=cleans_up(self.folder),
             generation=generation_defaults(generation),
             source={"folder": valid_text(self.folder.resolve().name)},
         )

@@ -12,12 +12,32 @@ import sentencepiece
 from ramekin.errors import ModelFormatError
 from ramekin.manifest import SpecialTokens
 
+_CLEAN_UP = {
+    " .": ".",
+    " ?": "?",
+    " !": "!",
+    " ,": ",",
+    " ' ": "'",
+    " n't": "n't",
+    " 'm": "'m",
+    " 's": "'s",
+    " 've": "'ve",
+    " 're": "'re",
+}
+"""What transformers' `clean_up_tokenization` replaces, one after the other."""
+_OPEN = re.compile(r" [ 'n]*(?:' ?[vr])?\Z")
+"""The end of a text that the next characters may make one of these, or what an earlier replacement makes one of them."""
+
 
 class Tokenizer:
-    """A SentencePiece model and the special tokens around it."""
+    """A SentencePiece model and the special tokens around it.
 
-    def __init__(self, pieces: sentencepiece.SentencePieceProcessor, tokens: SpecialTokens) -> None:
-        self._pieces, self._named = pieces, dict(tokens.named)
+    Attributes:
+        cleans_up: whether blanks before punctuation and English contractions are no part of decoded text.
+    """
+
+    def __init__(self, pieces: sentencepiece.SentencePieceProcessor, tokens: SpecialTokens, cleans_up: bool = False) -> None:
+        self._pieces, self._named, self.cleans_up = pieces, dict(tokens.named), cleans_up
         self._count: int = pieces.get_piece_size()
         self._end: int = pieces.eos_id() if pieces.eos_id() >= 0 else tokens.eos[0]
         self._texts = {i: text.encode() for text, i in tokens.named.items()}
@@ -26,7 +46,7 @@ class Tokenizer:
         self._split = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
 
     @classmethod
-    def load(cls, path: Path, tokens: SpecialTokens) -> Tokenizer:
+    def load(cls, path: Path, tokens: SpecialTokens, cleans_up: bool = False) -> Tokenizer:
         """Read a `spiece.model`.
 
         Raises:
@@ -37,7 +57,7 @@ class Tokenizer:
             pieces.LoadFromSerializedProto(path.read_bytes())
         except (RuntimeError, OSError) as error:
             raise ModelFormatError(f"{path}: not a SentencePiece model ({error}); export the model again") from None
-        return cls(pieces, tokens)
+        return cls(pieces, tokens, cleans_up)
 
     @property
     def piece_count(self) -> int:
@@ -55,7 +75,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens, unknown pieces and ids without any text are passed over."""
-        return b"".join(map(self.text_of, ids)).decode("utf-8", "replace").removeprefix(" ")
+        text = b"".join(map(self.text_of, ids)).decode("utf-8", "replace").removeprefix(" ")
+        return clean_up(text) if self.cleans_up else text
 
     def text_of(self, token_id: int) -> bytes:
         """What one token adds to a text, in UTF-8: a piece may be one byte of a character. A word begins with a blank."""
@@ -75,13 +96,13 @@ class IncrementalDecoder:
     """Text as tokens come: after `finish` it is what `Tokenizer.decode` makes of all tokens.
 
     Attributes:
-        text: what is certain so far; the bytes of an incomplete character are not.
+        text: what is certain so far; the bytes of an incomplete character are not, nor is a blank that may be cleaned up.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.text = ""
         self._tokenizer, self._utf8 = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-        self._began = False
+        self._began, self._held = False, ""
 
     def push(self, token_id: int) -> None:
         """Add a token."""
@@ -90,10 +111,28 @@ class IncrementalDecoder:
     def finish(self) -> None:
         """There are no more tokens."""
         self._add(self._utf8.decode(b"", final=True))
+        self.text += clean_up(self._held)
+        self._held = ""
 
     def _add(self, new: str) -> None:
-        self.text += new if self._began else new.removeprefix(" ")
+        self._held += new if self._began else new.removeprefix(" ")
         self._began = self._began or bool(new)
+        if not self._tokenizer.cleans_up:
+            self.text, self._held = self.text + self._held, ""
+            return
+        uncertain = _OPEN.search(self._held)
+        certain = uncertain.start() if uncertain else len(self._held)
+        self.text, self._held = self.text + clean_up(self._held[:certain]), self._held[certain:]
+
+
+def clean_up(text: str) -> str:
+    """A text without the blanks that tokenizing English leaves before punctuation and contractions.
+
+    As transformers' `clean_up_tokenization` does it.
+    """
+    for found, instead in _CLEAN_UP.items():
+        text = text.replace(found, instead)
+    return text
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

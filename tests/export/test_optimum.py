@@ -168,6 +168,13 @@ def test_there_is_nothing_to_verify(folder: Fold) -> None:
     assert "optimum's own folder; it records neither hashes nor a golden run" in str(result.exception)
 
 
+def test_whether_texts_are_cleaned_up(folder: Fold, tmp_path: Path) -> None:
+    assert not Engine.load(folder("flan", "merged")).tokenizer.cleans_up
+    cleaned = Path(shutil.copytree(folder("flan", "merged"), tmp_path / "cleaned"))
+    (cleaned / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    assert Engine.load(cleaned).tokenizer.cleans_up
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -405,6 +405,19 @@ def test_legacy_tokenizers_are_told_of(checkpoint: Callable[[str], Path], tmp_pa
         export(str(folder), tmp_path / "model", "fp32")
 
 
+@pytest.mark.parametrize(("said", "kept"), [({"clean_up_tokenization_spaces": True}, True), ({}, False)])
+def test_whether_texts_are_cleaned_up_is_kept(
+    said: dict[str, bool], kept: bool, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    assert export(str(folder), tmp_path / "model", "fp32").clean_up_tokenization_spaces is kept
+    engine = Engine.load(tmp_path / "model")
+    assert engine.tokenizer.cleans_up is kept
+    (sample,) = engine.generate("A parser .", engine.params(seed=1))
+    assert sample.text == engine.tokenizer.decode(sample.token_ids)
+
+
 def test_the_text_of_added_tokens(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Special ones are silent, a fine-tuner's own `[SEP]` is not; and prompts end with the tokenizer's eos."""
     import shutil

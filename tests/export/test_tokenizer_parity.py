@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor
 
 from ramekin import CheckpointError, Paper, build_prompt
+from ramekin.config_files import cleans_up
 from ramekin.tokenizer import IncrementalDecoder, Tokenizer
 from ramekin_export.vocabulary import write_vocabulary
 from tests.export.conftest import SPIECE
@@ -110,6 +112,22 @@ def test_incremental_decoding_of_papers(real: tuple[Tokenizer, Any], shared_data
             decoder.push(i)
         decoder.finish()
         assert decoder.text == ours.decode(ids)
+
+
+def test_texts_that_are_cleaned_up(shared_data: Path, tmp_path: Path) -> None:
+    """If the checkpoint says so, whichever way transformers reads it; with blanks as of tokenized papers."""
+    shutil.copy(shared_data / "flan_t5_tokenizer" / "spiece.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    theirs = getattr(transformers, "T5TokenizerFast", transformers.T5Tokenizer).from_pretrained(tmp_path)
+    tokens = write_vocabulary(tmp_path, CONFIG, {}, tmp_path / "ours.model")
+    ours = Tokenizer.load(tmp_path / "ours.model", tokens, cleans_up(tmp_path))
+    changed = 0
+    for paper in papers(shared_data):
+        text = re.sub(r"(\W)", r" \1 ", paper.abstract) + " Don 't ' you 've , we 're n't"
+        ids = theirs(text).input_ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        changed += ours.decode(ids) != theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert changed == 230
 
 
 def test_a_checkpoint_with_tokenizer_json_alone(real: tuple[Tokenizer, Any], shared_data: Path, tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw["tokens"].update(eos=[1, -1]), "all of them integers >= 0"),
         (lambda raw: raw["files"].pop("decoder.onnx"), "must list decoder.onnx"),
         (lambda raw: raw.update(max_source_tokens=0), "max_source_tokens"),
+        (lambda raw: raw.update(clean_up_tokenization_spaces=1), "clean_up_tokenization_spaces must be bool"),
         (lambda raw: raw.update(onnxruntime={"at_least": "new"}), "onnxruntime must be a range of versions"),
         (lambda raw: raw.update(surprise=1), "not a complete manifest"),
         (lambda raw: raw["files"].update({"\x1b[2J": {"bytes": 1, "sha256": ""}}), "plain names inside the folder"),

@@ -12,6 +12,8 @@ from ramekin.tokenizer import IncrementalDecoder
 class Letters:
     """A tokenizer whose token is a byte; 0 and 1 have no text."""
 
+    cleans_up = False
+
     def text_of(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id > 1 else b""
 

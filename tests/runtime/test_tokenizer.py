@@ -9,7 +9,7 @@ import pytest
 
 from ramekin import Engine
 from ramekin.manifest import SpecialTokens
-from ramekin.tokenizer import IncrementalDecoder, Tokenizer, first_stop
+from ramekin.tokenizer import IncrementalDecoder, Tokenizer, clean_up, first_stop
 from tests.runtime.conftest import TINY_MODEL
 
 TOKENIZER = Engine.load(TINY_MODEL, threads=1).tokenizer
@@ -77,6 +77,52 @@ def test_characters_of_several_bytes() -> None:
     assert told[:4] == ["a", "a", "a", "a\u20ac"]
     decoder.finish()
     assert decoder.text == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Which one ? A net , trained .", "Which one? A net, trained."),
+        ("it 's no 'so' , I 'm , we 've , you 're , don n't !", "it's no'so', I'm, we've, you're, donn't!"),
+        ("a ' b ' c", "a'b'c"),
+        ("a ' .", "a '."),  # the period's blank goes first, and the apostrophe's pair is none then
+        ("a  ' s , n ' t", "a's,n't"),  # what one replacement makes the next one finds
+        ("a  . b", "a . b"),  # but none finds its own
+        ("a 'd 'll - nothing", "a 'd 'll - nothing"),
+    ],
+)
+def test_blanks_that_are_cleaned_up(text: str, expected: str) -> None:
+    tokens = SpecialTokens(start=0, pad=0, eos=(1,))
+    ids = [4 + byte for byte in text.encode()]
+    assert Tokenizer(Bytes(), tokens, cleans_up=True).decode(ids) == expected
+    assert Tokenizer(Bytes(), tokens).decode(ids) == text
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_text_that_is_cleaned_up_as_it_comes(seed: int) -> None:
+    """It adds up to what all of it becomes at once, and what was told stays."""
+    rng = np.random.default_rng(seed)
+    tokenizer = Tokenizer(Bytes(), SpecialTokens(start=0, pad=0, eos=(1,)), cleans_up=True)
+    for _ in range(100):
+        text = "".join(rng.choice(list("    ''.,ntmsverx"), 30))
+        ids = [4 + byte for byte in text.encode()]
+        decoder = IncrementalDecoder(tokenizer)
+        for i in ids:
+            told = decoder.text
+            decoder.push(i)
+            assert decoder.text.startswith(told)
+        decoder.finish()
+        assert decoder.text == tokenizer.decode(ids) == clean_up(text.removeprefix(" ")), text
+
+
+def test_a_word_is_told_when_it_is_one() -> None:
+    """Only what may still be cleaned up waits: a blank, an apostrophe behind it, the beginning of a contraction."""
+    decoder = IncrementalDecoder(Tokenizer(Bytes(), SpecialTokens(start=0, pad=0, eos=(1,)), cleans_up=True))
+    told = []
+    for byte in b"we 've no 'vow' .":
+        decoder.push(4 + byte)
+        told.append(len(decoder.text))
+    assert told == [1, 2, 2, 2, 2, 5, 5, 5, 8, 8, 8, 8, 12, 13, 14, 14, 15]
 
 
 def test_one_blank_at_the_beginning_is_taken_away() -> None:
