@@ -29,13 +29,18 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_any_ids_decode_and_incremental_text_adds_up(seed: int) -> None:
     ids = np.random.default_rng(seed).integers(-5, 600, 60).tolist()
-    decoder = IncrementalDecoder(TOKENIZER)
+    assert as_it_comes(TOKENIZER, ids) == TOKENIZER.decode(ids)
+
+
+def as_it_comes(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of tokens that come one by one, of which nothing is taken back that was told."""
+    decoder = IncrementalDecoder(tokenizer)
     for i in ids:
         told = decoder.text
         decoder.push(i)
         assert decoder.text.startswith(told)
     decoder.finish()
-    assert decoder.text == TOKENIZER.decode(ids)
+    return decoder.text
 
 
 class Bytes:
@@ -106,13 +111,7 @@ def test_text_that_is_cleaned_up_as_it_comes(seed: int) -> None:
     for _ in range(100):
         text = "".join(rng.choice(list("    ''.,ntmsverx"), 30))
         ids = [4 + byte for byte in text.encode()]
-        decoder = IncrementalDecoder(tokenizer)
-        for i in ids:
-            told = decoder.text
-            decoder.push(i)
-            assert decoder.text.startswith(told)
-        decoder.finish()
-        assert decoder.text == tokenizer.decode(ids) == clean_up(text.removeprefix(" ")), text
+        assert as_it_comes(tokenizer, ids) == tokenizer.decode(ids) == clean_up(text.removeprefix(" ")), text
 
 
 def test_a_word_is_told_when_it_is_one() -> None:
@@ -128,10 +127,7 @@ def test_a_word_is_told_when_it_is_one() -> None:
 def test_one_blank_at_the_beginning_is_taken_away() -> None:
     """That of the first word; more are the text's own."""
     tokenizer, ids = Tokenizer(Bytes(), SpecialTokens(start=0, pad=0, eos=(1,))), [4 + 0x20, 3, 3]
-    decoder = IncrementalDecoder(tokenizer)
-    for i in ids:
-        decoder.push(i)
-    assert decoder.text == tokenizer.decode(ids) == " a a"
+    assert as_it_comes(tokenizer, ids) == tokenizer.decode(ids) == " a a"
 
 
 def test_the_longest_added_token_is_taken() -> None:
