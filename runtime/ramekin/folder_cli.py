@@ -45,6 +45,7 @@ def info(model: Path, as_json: bool) -> None:
             "generation",
             ", ".join(f"{name}={value}" for name, value in manifest.generation.items()) or "the usual defaults",
         ),
+        *([("texts", "without blanks before punctuation")] if manifest.clean_up_tokenization_spaces else []),
         ("onnxruntime", str(manifest.onnxruntime)),
         *(
             (f"source {name}", ", ".join(value) if isinstance(value, dict) else str(value))

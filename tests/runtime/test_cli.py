@@ -305,6 +305,13 @@ def test_info_and_verify() -> None:
     assert "golden run: log-probabilities within" in out
 
 
+def test_info_tells_of_texts_that_are_cleaned_up(model_copy: Path) -> None:
+    assert "blanks" not in run("info", str(model_copy))[1]
+    path = model_copy / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clean_up_tokenization_spaces": True}))
+    assert "without blanks before punctuation" in run("info", str(model_copy))[1]
+
+
 def test_prompts_that_are_too_long_are_told_of_each_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps("word " * count) + "\n" for count in (40, 50)))
