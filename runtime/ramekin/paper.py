@@ -35,6 +35,7 @@ class Paper:
 
         A JSON object with `title`, `abstract` and `introduction`; or plain text or Markdown with headings "Abstract" and
         "Introduction" ("Abstract: ..." on one line is fine), or YAML in front. What stands before the headings is the title.
+        Words that a PDF's text has in two at the ends of lines become whole, and line numbers go.
 
         Raises:
             PaperError: the file is missing, not UTF-8, or neither of both.

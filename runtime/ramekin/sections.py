@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ramekin.pdf_text import Words, without_line_numbers
+
 # With blanks, since small capitals come out of a PDF as "A BSTRACT".
 _ABSTRACT, _INTRODUCTION = "[ ]?".join("abstract"), "[ ]?".join("introduction")
 _NUMERAL = r"\d{1,4}|[IVX]+"
@@ -30,7 +32,7 @@ _SENTENCE_END = re.compile(r"[.!?)\]\"\u201d][\d ]*$")  # or a footnote's number
 
 _NUMBER_APART = re.compile(
     rf"""(?P<ended>[.!?)\]\"\u201d]\d{{0,2}}[ ]*)?  # else the number may be a page's
-    (?P<gap>\n\n?) (?P<number>\d{{1,2}}) [ ]*\n\n?
+    (?P<gap>\n\n?) (?P<number>\d{{1,2}}|[IVX]{{1,4}}\.) [ ]*\n\n?
     (?=(?(ended)(?![IVX]+\.)[A-Z]|(?i:{_INTRODUCTION})[ ]*\n))""",
     re.VERBOSE,
 )
@@ -59,7 +61,7 @@ def sections(text: str) -> dict[str, str]:
 
     They stand in YAML in front, or below headings, however these are marked; what stands before the first is the title.
     """
-    text = text.replace("\r\n", "\n")
+    text = without_line_numbers(text.replace("\r\n", "\n"))
     front = _FRONT_MATTER.match(text)
     fields = _FIELD.findall(front[1]) if front else []
     given = {name: " ".join(value.split()).strip("\"'") for name, value in fields}
@@ -81,7 +83,8 @@ def _below_headings(text: str) -> dict[str, str]:
             current = None
         elif current:
             parts[current].append(line.text)
-    return {name: " ".join(" ".join(lines).split()) for name, lines in parts.items()}
+    words = Words(text)
+    return {name: words.joined(lines) for name, lines in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class _Heading:
     @classmethod
     def of(cls, line: _Line, within: bool) -> _Heading | None:
         """The heading that a line is. In mid-paragraph, `within`, a sentence may begin like one: "abstract-level ..."."""
-        match = _HEADING.fullmatch(line.heading)
+        match = _HEADING.fullmatch(line.heading.strip())  # else blanks could be told apart in many ways
         if not match:
             return None
         name, number, rest = match["name"].lower().replace(" ", ""), match["number"] or "", match["rest"] or ""

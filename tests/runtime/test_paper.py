@@ -268,6 +268,10 @@ def test_what_only_looks_like_an_end(text: str, abstract: str, introduction: str
         "---\na: b\n" + "title: |\n \n" * 50_000,
         f"# {'<a ' * 50_000}",
         f"{' ' * 200_000}1{' ' * 200_000}b",
+        f"{' ' * 200_000}b",
+        f"{' ' * 2_000}b\n" * 100,
+        "a-\n" * 100_000,
+        "a-" + "\n" * 300_000,
         ".\n1\n" * 50_000,
     ],
 )
