@@ -21,11 +21,13 @@ from ramekin.errors import CheckpointError
 from ramekin.manifest import MANIFEST, Dims, FileRecord
 from ramekin.optimum_folder import OptimumFolder
 from ramekin.paper import valid_text
-from ramekin_export.hub import from_hub
+from ramekin_export.hub import NO_WEIGHTS, from_hub
 from ramekin_export.traced import Reader, read_traced
 
 _ADAPTER = "adapter_config.json"
 _MERGE = "merge them with peft (`merge_and_unload`), save the whole model and export that"
+_NESTED = ("*", "snapshots/*")  # what a Trainer writes to, and the Hub's cache
+_OTHER_HEADS = ("qa_outputs.", "classification_head.", "classifier.")
 _BLOCK = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
@@ -50,8 +52,12 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: {told}; {_MERGE}")
         if (folder / MANIFEST).is_file() and not (folder / CONFIG).is_file():
             raise CheckpointError(f"{folder}: a model folder of ramekin's; export the checkpoint that it was made from")
+        if not (folder / CONFIG).is_file():
+            within = [each.parent for place in _NESTED for each in sorted(folder.glob(f"{place}/{CONFIG}"))]
+            hint = f"; give {within[-1]}, or another that has one" if within else ""
+            raise CheckpointError(f"{folder}: not a checkpoint: it has no {CONFIG}{hint}")
         self.config = read_json(folder / CONFIG)
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config") is not None:
             raise CheckpointError(
                 f"{folder}: its weights are quantized already; export the checkpoint that they were made from"
             )
@@ -71,6 +77,8 @@ class Checkpoint:
             if revision:
                 raise CheckpointError(f"{source}: a folder has no revisions; leave --revision out")
             return cls(folder, {"folder": valid_text(folder.resolve().name)})
+        if folder.exists():
+            raise CheckpointError(f"{source}: a file; give the folder that it is in")
         if not _HUB_ID.fullmatch(source):
             raise CheckpointError(f"{source}: neither a folder nor a Hub id such as google/flan-t5-small")
         folder = from_hub(source, revision)
@@ -86,6 +94,10 @@ class Checkpoint:
             CheckpointError: there are weights of more blocks than `config.json` tells of, of adapters, or of a larger model.
         """
         for name in self._readers:
+            if name.startswith(_OTHER_HEADS):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name!r} is of a head that writes no text; only models that do"
+                )
             if "lora_" in name:
                 raise CheckpointError(f"{self.folder}: tensor {name!r} is an adapter's; {_MERGE}")
             block = _BLOCK.match(name)
@@ -163,7 +175,7 @@ def _open_weights(folder: Path) -> tuple[dict[str, Reader], dict[str, str]]:
     found = OptimumFolder.find(folder)
     if found:
         return read_traced(found), {path.name: FileRecord.of(path).sha256 for path in found.graphs}
-    raise CheckpointError(f"{folder}: no model.safetensors and no pytorch_model.bin (nor an index of shards)")
+    raise CheckpointError(f"{folder}: {NO_WEIGHTS}")
 
 
 def _open_shards(index: Path, open_file: Callable[[Path], dict[str, Reader]]) -> tuple[dict[str, Reader], set[str]]:

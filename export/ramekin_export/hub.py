@@ -12,9 +12,14 @@ from ramekin.config_files import CONFIG, read_json
 from ramekin.errors import CheckpointError
 from ramekin_export.config import T5Config
 from ramekin_export.pickled import torch_for
+from ramekin_export.vocabulary import FAST, NO_TOKENIZER, SPIECE
 
 _PATIENCE = 10  # seconds until the Hub counts as out of reach
 _DOWN = 500  # the same holds for this status, and larger ones
+NO_WEIGHTS = (
+    "no model.safetensors and no pytorch_model.bin (nor an index of shards); weights of TensorFlow or Flax have to be saved "
+    "anew by transformers 4 (`from_tf` or `from_flax`)"
+)
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -55,10 +60,7 @@ def from_hub(repository: str, revision: str | None) -> Path:
 
 def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str]) -> Path:
     if not any(_holds_weights(name) for name in names):
-        raise CheckpointError(
-            f"{repository}: it has no model.safetensors and no pytorch_model.bin (nor an index of shards) on the Hub; "
-            "weights of TensorFlow or Flax have to be saved anew by transformers 4 (`from_tf` or `from_flax`)"
-        )
+        raise CheckpointError(f"{repository}: on the Hub it has {NO_WEIGHTS}")
     if any(name.endswith(".bin") for name in names):
         torch_for(repository)  # without it they would be gigabytes for nothing
     folders = set()
@@ -67,6 +69,8 @@ def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str
         folders.add(path.parent)
         if name == CONFIG:
             T5Config.from_json(read_json(path))  # before the weights of a model that is none
+            if not {SPIECE, FAST} & set(names):
+                raise CheckpointError(f"{repository}: {NO_TOKENIZER}")
     if len(folders) > 1:
         raise CheckpointError(f"{repository}: it was changed on the Hub meanwhile; try again")
     return folders.pop()
@@ -93,7 +97,7 @@ def wanted(names: Iterable[str]) -> list[str]:
     Weights are the last: where they are in the cache, nothing else is missing there.
     """
     present = {name for name in names if "/" not in name}
-    small = sorted(name for name in present if name.endswith(".json") or name == "spiece.model")
+    small = sorted(name for name in present if name.endswith(".json") or name == SPIECE)
     for kind in ("model", "pytorch_model"):
         weights = sorted(name for name in present if _holds_weights(name) and name.startswith(kind))
         if weights:

@@ -75,11 +75,18 @@ def read_if_there(path: Path) -> dict[str, Any]:
 def read_generation(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """How a checkpoint is meant to generate: its `generation_config.json`.
 
-    Where there is none, transformers takes what its `config.json`, `raw`, says; before 4.26 it wrote nothing else. (That
-    transformers 4 prefers the latter if the file says `_from_model_config` is left to it: transformers 5 does not.)
+    Where there is none, transformers takes what its `config.json`, `raw`, says; before 4.26 it wrote nothing else. A file of
+    transformers 4 that says `_from_model_config` was written beside settings there, which that release goes on using.
     """
     path = folder / GENERATION
-    return read_json(path) if path.is_file() else {name: value for name, value in raw.items() if value is not None}
+    file = read_json(path) if path.is_file() else None
+    if file is not None and not (file.get("_from_model_config") and _written_by(file, 4)):
+        return file
+    return {name: value for name, value in raw.items() if value is not None} | (file or {})
+
+
+def _written_by(raw: Mapping[str, Any], release: int) -> bool:
+    return str(raw.get("transformers_version")).startswith(f"{release}.")
 
 
 def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
             values[name] = min(length, most) if isinstance(most, int) else length
     if "top_p" not in values and ("top_p" in generation or generation.get("do_sample") is True):
         values["top_p"] = 1.0  # no limit: files leave it out, and null is the same
-    if "top_k" in generation and "top_k" not in values and str(generation.get("transformers_version")).startswith("4."):
+    if "top_k" in generation and "top_k" not in values and _written_by(generation, 4):
         values["top_k"] = 0  # null is no limit to transformers 4, and 50 to transformers 5
     least = values.get("min_new_tokens")
     if isinstance(least, int) and least > SamplingParams.max_new_tokens:  # ours must not contradict the checkpoint's
@@ -200,7 +207,16 @@ def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator
         if i >= 0:
             yield pieces.id_to_piece(i), i, True
     settings = read_if_there(folder / _TOKENIZER)
-    if settings.get("legacy") is False:
+    end = settings.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    if end is not None and pieces.eos_id() >= 0 and end != pieces.id_to_piece(pieces.eos_id()):
+        warnings.warn(
+            f"{folder}: tokenizer_config.json says eos_token {end!r}; prompts end with "
+            f"{pieces.id_to_piece(pieces.eos_id())!r} here all the same",
+            UserWarning,
+            stacklevel=2,
+        )
+    if settings.get("legacy") is False and not _written_by(raw, 5):  # which does not follow it
         warnings.warn(
             f"{folder}: tokenizer_config.json says legacy: false; a text right behind a special token is read as with true",
             UserWarning,

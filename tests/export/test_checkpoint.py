@@ -386,6 +386,10 @@ def adapt(tensors: dict[str, np.ndarray]) -> None:
     tensors["decoder.block.0.layer.0.SelfAttention.q.lora_A.default.weight"] = np.ones((2, 64), np.float32)
 
 
+def ask(tensors: dict[str, np.ndarray]) -> None:
+    tensors["qa_outputs.weight"] = np.ones((2, 64), np.float32)
+
+
 def drop_norm(tensors: dict[str, np.ndarray]) -> None:
     del tensors["decoder.final_layer_norm.weight"]
 
@@ -408,7 +412,7 @@ def index(content: str) -> Callable[[Path], None]:
     [
         (no_file("config.json"), "not a checkpoint: it has no config.json"),
         (no_file("model.safetensors"), "no model.safetensors and no pytorch_model.bin"),
-        (no_file("spiece.model"), "no spiece.model and no tokenizer.json"),
+        (no_file("spiece.model"), "neither spiece.model nor tokenizer.json.*ByT5, CodeT5 and other relatives are not"),
         (text("config.json", "{"), "config.json: cannot be read"),
         (text("config.json", "[]"), "expected a JSON object"),
         (
@@ -450,6 +454,7 @@ def index(content: str) -> Callable[[Path], None]:
         (weights(adapt), "lora_A.default.weight' is an adapter's; merge them with peft"),
         (text("adapter_config.json", "{}"), "adapter_config.json tells of weights to add; merge them with peft"),
         (weights(drop_norm), "no tensor 'decoder.final_layer_norm.weight'"),
+        (weights(ask), "'qa_outputs.weight' is of a head that writes no text"),
         (weights(infinite), "numbers that are not finite"),
         (truncate, "not a safetensors file"),
         (text("model.safetensors", "rubbish"), "not a safetensors file"),
@@ -689,7 +694,11 @@ def test_nothing_is_downloaded_for_nothing(stand_in: StandIn, tmp_path: Path, mo
     with pytest.raises(CheckpointError, match=r"^someone/t5: pickled weights need torch"):
         Checkpoint.open("someone/t5")
     assert not [each for each in stand_in.asked if isinstance(each, str)]
-    stand_in.names, stand_in.folder = ["config.json", "model.safetensors"], tmp_path
+    stand_in.names = ["config.json", "model.safetensors"]
+    with pytest.raises(CheckpointError, match=r"^someone/t5: it has neither spiece.model nor tokenizer.json"):
+        Checkpoint.open("someone/t5")
+    assert stand_in.asked.pop() == "config.json"
+    stand_in.folder = tmp_path
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(CheckpointError, match="model_type 'bert'; only mt5 and t5"):
         Checkpoint.open("someone/t5")
@@ -725,6 +734,25 @@ def test_names_of_a_larger_model(prefix: str, checkpoint: Callable[[str], Path],
     save_file({f"{prefix}{name}": each for name, each in weights.items()}, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"names of tensors begin with '{prefix}'; save the T5 model"):
         export(str(source), tmp_path / "model", "fp32")
+
+
+def test_what_lies_beside_a_checkpoint_is_told_of(copy: Callable[[str], Path]) -> None:
+    """A file of it, or a folder that it lies in: a Trainer's, or that of a repository in the Hub's cache."""
+    folder = copy("flan")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: a file; give the folder that it is in"):
+        Checkpoint.open(str(folder / "model.safetensors"))
+    with pytest.raises(CheckpointError, match=rf"it has no config.json; give {folder}, or another that has one"):
+        Checkpoint.open(str(folder.parent))
+    commit = folder.parent / "models--a--b" / "snapshots" / "5f9e"
+    shutil.copytree(folder, commit)
+    with pytest.raises(CheckpointError, match=rf"it has no config.json; give {commit}, or another that has one"):
+        Checkpoint.open(str(commit.parent.parent))
+
+
+def test_no_quantization_is_none(copy: Callable[[str], Path]) -> None:
+    folder = copy("flan")
+    edit_config(folder, quantization_config=None)
+    assert "shared.weight" in Checkpoint.open(str(folder))
 
 
 def run_export(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

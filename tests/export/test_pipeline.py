@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -384,6 +385,23 @@ def test_nulls_in_a_config_are_no_settings(tmp_path: Path) -> None:
     assert read_generation(tmp_path, {"top_p": 0.5}) == {}
 
 
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [
+        ({"_from_model_config": True, "transformers_version": "4.30.2"}, {"top_p": 0.5, "num_beams": 4}),
+        ({"_from_model_config": True, "transformers_version": "4.30.2", "top_p": 0.7}, {"top_p": 0.7, "num_beams": 4}),
+        ({"_from_model_config": True, "transformers_version": "5.0.0"}, {}),
+        ({"_from_model_config": False, "transformers_version": "4.30.2"}, {}),
+        ({"transformers_version": "4.30.2"}, {}),
+        ({"_from_model_config": True}, {}),
+    ],
+)
+def test_settings_beside_a_file_made_of_them(file: dict[str, Any], kept: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(file))
+    found = read_generation(tmp_path, {"top_p": 0.5, "num_beams": 4, "top_k": None, "transformers_version": "4.30.2"})
+    assert found == file | kept
+
+
 def test_added_tokens_of_old(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """Where tokenizers without Rust kept them before transformers 4.34."""
     folder = Path(shutil.copytree(checkpoint("flan"), tmp_path / "checkpoint"))
@@ -403,6 +421,9 @@ def test_legacy_tokenizers_are_told_of(checkpoint: Callable[[str], Path], tmp_pa
     (folder / "tokenizer_config.json").write_text('{"legacy": false}')
     with pytest.warns(UserWarning, match="legacy: false; a text right behind a special token is read as with true"):
         export(str(folder), tmp_path / "model", "fp32")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "5.24.0"}))
+    export(str(folder), tmp_path / "by 5", "fp32")  # whose tokenizers have no such difference
 
 
 @pytest.mark.parametrize(("said", "kept"), [({"clean_up_tokenization_spaces": True}, True), ({}, False)])

@@ -19,6 +19,7 @@ from ramekin_export.vocabulary import write_vocabulary
 from tests.export.conftest import SPIECE
 
 transformers = pytest.importorskip("transformers")
+Reference = pytest.importorskip("tokenizers").Tokenizer
 
 HARD = [
     "",
@@ -139,6 +140,71 @@ def test_a_checkpoint_with_tokenizer_json_alone(real: tuple[Tokenizer, Any], sha
         assert made.decode(made.encode(text)) == real[0].decode(real[0].encode(text))
 
 
+def as_transformers_5_0_wrote_it(raw: dict[str, Any]) -> dict[str, Any]:
+    """And 5.1 and 5.2 (later ones normalize again): without a normalizer, texts are split at any Unicode blank."""
+    blanks = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    split = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, blanks]}
+    return raw | {"normalizer": None, "pre_tokenizer": split}
+
+
+def test_a_tokenizer_json_of_transformers_5_0(shared_data: Path, tmp_path: Path) -> None:
+    raw = as_transformers_5_0_wrote_it(json.loads((shared_data / "flan_t5_tokenizer" / "tokenizer.json").read_text()))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    made, reference = load(tmp_path, tmp_path / "made.model"), Reference.from_file(str(tmp_path / "tokenizer.json"))
+    blanks = "".join(f"{chr(i)}x" for i in range(0x110000) if chr(i).isspace() and not 0x1C <= i <= 0x1F)  # Rust's are fewer
+    texts = [*HARD, blanks, "caf\u00e9 cafe\u0301 \ufb01ne \u2460", *(build_prompt(paper) for paper in papers(shared_data))]
+    for text in texts:
+        if "\u2581" not in text:
+            assert made.encode(text) == reference.encode(text).ids, text
+            assert made.decode(made.encode(text)) == reference.decode(reference.encode(text).ids)
+
+
+@pytest.mark.parametrize("saved", ["by 5.0", "by 4"])
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_blanks_in_front_of_added_tokens_are_told_of(
+    saved: str, rebuilt: bool, shared_data: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    raw = json.loads((shared_data / "flan_t5_tokenizer" / "tokenizer.json").read_text())
+    if not rebuilt:
+        shutil.copy(shared_data / "flan_t5_tokenizer" / "spiece.model", tmp_path)
+    new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    raw["added_tokens"].append({"id": 32100, "content": "<hl>", **new})
+    if saved == "by 5.0":
+        raw = as_transformers_5_0_wrote_it(raw)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    load(tmp_path, tmp_path / "made.model")
+    told = [str(each.message) for each in recwarn]
+    if saved == "by 4":
+        assert len(told) == 1
+        assert "a blank in front of an added token is a token of its own" in told[0]
+        assert "'x <hl> y' gives [32100, " in told[0]
+    else:
+        assert not any("in front of an added token" in each for each in told)
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_an_added_token_that_is_any_blank(rebuilt: bool, shared_data: Path, tmp_path: Path) -> None:
+    raw = json.loads((shared_data / "flan_t5_tokenizer" / "tokenizer.json").read_text())
+    if not rebuilt:
+        shutil.copy(shared_data / "flan_t5_tokenizer" / "spiece.model", tmp_path)
+    new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    raw["added_tokens"].append({"id": 32100, "content": "\n", **new})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"its added token '\\n' stands for any blank: .*normalized=False"):
+        load(tmp_path, tmp_path / "made.model")
+
+
+def test_another_eos_token_is_told_of(shared_data: Path, tmp_path: Path) -> None:
+    shutil.copy(shared_data / "flan_t5_tokenizer" / "spiece.model", tmp_path)
+    for end in ("</s>", {"content": "</s>"}, None):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        load(tmp_path, tmp_path / "made.model")  # warnings are errors here
+    for end in ("<END>", {"content": "<END>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        with pytest.warns(UserWarning, match="says eos_token '<END>'; prompts end with '</s>' here all the same"):
+            load(tmp_path, tmp_path / "made.model")
+
+
 def test_a_tokenizer_json_that_sentencepiece_cannot_follow(shared_data: Path, tmp_path: Path) -> None:
     raw = json.loads((shared_data / "flan_t5_tokenizer" / "tokenizer.json").read_text())
     raw["normalizer"] = {"type": "Lowercase"}
@@ -182,7 +248,7 @@ def test_two_tokenizers_that_disagree(shared_data: Path, tmp_path: Path) -> None
 
 
 def test_no_tokenizer_at_all(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no spiece.model and no tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"neither spiece.model nor tokenizer.json"):
         load(tmp_path, tmp_path / "made.model")
 
 
