@@ -28,6 +28,7 @@ _ADAPTER = "adapter_config.json"
 _MERGE = "merge them with peft (`merge_and_unload`), save the whole model and export that"
 _NESTED = ("*", "snapshots/*")  # what a Trainer writes to, and the Hub's cache
 _OTHER_HEADS = ("qa_outputs.", "classification_head.", "classifier.")
+_MOST_DIGITS = 9  # Python reads no numbers of thousands
 _BLOCK = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
@@ -103,7 +104,7 @@ class Checkpoint:
             block = _BLOCK.match(name)
             if block:
                 layers = dims.encoder_layers if block[1] == "encoder" else dims.decoder_layers
-                if int(block[2]) >= layers:
+                if len(block[2]) > _MOST_DIGITS or int(block[2]) >= layers:
                     raise CheckpointError(
                         f"{self.folder}: tensor {name!r} is of a block that config.json does not have: "
                         f"{layers} in the {block[1]}"

@@ -55,15 +55,23 @@ def _tensors(path: Path, stack: str) -> Iterator[tuple[str, npt.NDArray[Any]]]:
         name = _MERGED.sub("", full)
         kept = _KEPT.fullmatch(name)
         if name in _EMBEDDINGS:
-            yield "shared.weight", numpy_helper.to_array(tensor)
+            yield "shared.weight", _array(path, tensor)
         elif kept:
-            yield _full(kept[1], stack), numpy_helper.to_array(tensor)
+            yield _full(kept[1], stack), _array(path, tensor)
     for graph in _graphs(model.graph):
         for node in graph.node:
             module = _MODULE.fullmatch(node.name) if node.op_type == "MatMul" else None
-            if module and node.input[1] in there:
+            weight = there.get(node.input[1]) if module and len(node.input) > 1 else None
+            if module and weight is not None:
                 name = f"{module[1].replace('/', '.')}.weight"
-                yield _full(name, stack), np.ascontiguousarray(numpy_helper.to_array(there[node.input[1]]).T)
+                yield _full(name, stack), np.ascontiguousarray(_array(path, weight).T)
+
+
+def _array(path: Path, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(numpy_helper.to_array(tensor))
+    except Exception as error:  # of shapes and types that do not fit together onnx raises whatever comes first
+        raise CheckpointError(f"{path}: tensor {tensor.name!r} cannot be read ({error})") from None
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

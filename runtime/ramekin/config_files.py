@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -14,6 +16,7 @@ from ramekin.manifest import SpecialTokens
 from ramekin.sampling import MOST_TOKENS, SamplingParams
 
 CONFIG, GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair: alone it is no text
 _SENTINELS, _MOST_SENTINELS = 100, 10_000
 _SAMPLING = (
     "max_new_tokens",
@@ -57,7 +60,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or holds something else.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError("not a regular file")  # of which reading might never end
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+        if _HALF.search(text):
+            json.dumps(raw, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent}: not a checkpoint: it has no {path.name}") from None
     except (OSError, ValueError, RecursionError) as error:

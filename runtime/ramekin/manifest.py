@@ -16,7 +16,8 @@ from ramekin.errors import FormatVersionError, ModelFormatError, ModelNotFoundEr
 FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 _MOST_LAYERS = 1024
-_LARGEST = 64 << 20  # bytes of a manifest
+_LARGEST, _DEEPEST = 64 << 20, 20  # bytes of a manifest, and levels of it
+_LONGEST_NAME = 256  # characters of a special token
 MOST_SOURCE_TOKENS = 1 << 30
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 """What computes, and what ONNX Runtime calls it."""
@@ -78,8 +79,8 @@ class SpecialTokens:
     silent: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.named, dict) or not all(self.named):
-            raise ModelFormatError("tokens.named must map texts to ids")
+        if not isinstance(self.named, dict) or not all(0 < len(text) <= _LONGEST_NAME for text in self.named):
+            raise ModelFormatError(f"tokens.named must map texts of at most {_LONGEST_NAME} characters to ids")
         object.__setattr__(self, "eos", tuple(self.eos))
         object.__setattr__(self, "silent", tuple(self.silent))
         if not self.eos or any(not isinstance(i, int) or i < 0 for i in self.ids):
@@ -219,6 +220,8 @@ class Manifest:
             json.dumps(raw, ensure_ascii=False).encode()  # no halves of surrogate pairs
         except (ValueError, RecursionError) as error:
             raise ModelFormatError(f"not JSON: {error}") from None
+        if _is_deeper(raw, _DEEPEST):
+            raise ModelFormatError("nested deeper than any manifest")
         if not isinstance(raw, dict) or "format_version" not in raw:
             raise ModelFormatError("not a ramekin manifest: it has no format_version")
         if raw["format_version"] != FORMAT_VERSION:
@@ -284,3 +287,9 @@ class Manifest:
                 raise ModelFormatError(f"{path}: {size} bytes instead of {record.bytes}; export or copy the model again")
             if (hash_up_to is None or size <= hash_up_to) and FileRecord.of(path) != record:
                 raise ModelFormatError(f"{path}: altered since the export (SHA-256 differs); export or copy it again")
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether JSON has more levels: each costs frames of Python's stack wherever it is gone through."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_is_deeper(each, levels - 1) for each in inner)

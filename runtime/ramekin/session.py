@@ -158,6 +158,11 @@ def open_session(
         if about_limits(error):
             raise RamekinError(f"{path}: {LIMITS} ({reason})") from error
         raise ModelFormatError(f"{path}: onnxruntime cannot load this graph: {reason}") from error
+    try:
+        for each in (*session.get_inputs(), *session.get_outputs()):
+            str(each)  # its names are decoded only when they are asked for
+    except UnicodeDecodeError as error:
+        raise ModelFormatError(f"{path}: a name in it is not UTF-8 ({error}); export the model again") from None
     if PROVIDERS[provider] not in session.get_providers():
         raise ProviderError(f"{path}: onnxruntime fell back to {', '.join(session.get_providers())} instead of {provider}")
     return session

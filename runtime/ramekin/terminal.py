@@ -17,6 +17,7 @@ import click
 from ramekin.stopping import Stopping
 
 Item = TypeVar("Item")
+_LONGEST = 2_000  # characters of a line on stderr: what it quotes may have megabytes
 _CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -51,7 +52,8 @@ def printable(text: str) -> str:
 def say(problem: object) -> None:
     """One line on stderr; that nobody can read it must not cost the results."""
     with suppress(OSError):
-        click.echo(f"ramekin: {printable(' '.join(str(problem).split()))}", err=True)
+        line = printable(" ".join(str(problem).split()))
+        click.echo(f"ramekin: {line[:_LONGEST]}{'...' if len(line) > _LONGEST else ''}", err=True)
 
 
 def write(text: str = "", end: str = "\n") -> None:

@@ -55,7 +55,7 @@ class Tokenizer:
         pieces = sentencepiece.SentencePieceProcessor()
         try:
             pieces.LoadFromSerializedProto(path.read_bytes())
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
             raise ModelFormatError(f"{path}: not a SentencePiece model ({error}); export the model again") from None
         return cls(pieces, tokens, cleans_up)
 
@@ -86,7 +86,10 @@ class Tokenizer:
         return known
 
     def _piece(self, token_id: int) -> bytes:
-        piece: str = self._pieces.id_to_piece(token_id)
+        try:
+            piece: str = self._pieces.id_to_piece(token_id)
+        except UnicodeDecodeError:
+            raise ModelFormatError(f"piece {token_id} of the tokenizer is not UTF-8; export the model again") from None
         if self._pieces.is_byte(token_id):
             return bytes([int(piece[3:5], 16)])
         return b"" if self._pieces.is_control(token_id) else piece.replace("\u2581", " ").encode()

@@ -390,6 +390,20 @@ def ask(tensors: dict[str, np.ndarray]) -> None:
     tensors["qa_outputs.weight"] = np.ones((2, 64), np.float32)
 
 
+def count_on(tensors: dict[str, np.ndarray]) -> None:
+    tensors[f"encoder.block.{'9' * 5000}.weight"] = np.ones((2, 64), np.float32)
+
+
+def without_end(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+
+
+def spoil_a_piece(folder: Path) -> None:
+    path = folder / "spiece.model"
+    path.write_bytes(path.read_bytes().replace("\u2581we".encode(), b"\xffs we", 1))
+
+
 def drop_norm(tensors: dict[str, np.ndarray]) -> None:
     del tensors["decoder.final_layer_norm.weight"]
 
@@ -397,6 +411,12 @@ def drop_norm(tensors: dict[str, np.ndarray]) -> None:
 def truncate(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def unigram(unk_id: int | None = 0, **parts: object) -> str:
+    """A `tokenizer.json` of one piece."""
+    model = {"type": "Unigram", "unk_id": unk_id, "vocab": [["a", 0]]}
+    return json.dumps({"version": "1.0", "added_tokens": [], "model": model, **parts})
 
 
 def index(content: str) -> Callable[[Path], None]:
@@ -455,6 +475,11 @@ def index(content: str) -> Callable[[Path], None]:
         (text("adapter_config.json", "{}"), "adapter_config.json tells of weights to add; merge them with peft"),
         (weights(drop_norm), "no tensor 'decoder.final_layer_norm.weight'"),
         (weights(ask), "'qa_outputs.weight' is of a head that writes no text"),
+        (weights(count_on), "is of a block that config.json does not have"),
+        (without_end, "it has no config.json"),
+        (spoil_a_piece, "spiece.model: not a SentencePiece model .*can't decode byte 0xff"),
+        (text("tokenizer.json", unigram(unk_id=None)), "tokenizer.json: cannot be read: .*`unk_id` is missing"),
+        (text("tokenizer.json", unigram(pre_tokenizer={"type": "FixedLength", "length": 0})), "cannot be read: chunk size"),
         (weights(infinite), "numbers that are not finite"),
         (truncate, "not a safetensors file"),
         (text("model.safetensors", "rubbish"), "not a safetensors file"),

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from ramekin import CheckpointError, Engine, ModelFormatError, SamplingParams
 from ramekin.cli import cli
 from ramekin.model import COMPACT_RUNTIMES
+from ramekin_export.checkpoint import Checkpoint
 from tests.export.conftest import SPIECE
 from tests.export.test_parity import load_reference, reference_logits
 from tests.export.variants import VARIANTS
@@ -179,6 +180,7 @@ def test_whether_texts_are_cleaned_up(folder: Fold, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"added_tokens_decoder": {"x": {"content": "<a>"}}}, "its tokenizer files are not as transformers writes them"),
+        ({"added_tokens_decoder": {"450": {"content": "\ud800"}}}, "tokenizer_config.json: cannot be read: .*surrogates"),
         ({"extra_ids": 10**12}, "1000000000000 extra_ids; at most 10000 are supported"),
     ],
 )
@@ -189,6 +191,21 @@ def test_tokenizer_files_that_are_not(changes: dict[str, Any], message: str, fol
     (wrong / "tokenizer_config.json").write_text(json.dumps(changes))
     with pytest.raises(CheckpointError, match=message):
         Engine.load(wrong)
+
+
+@pytest.mark.parametrize("damage", ["shape", "type", "none"])
+def test_weights_that_are_none(damage: str, folder: Fold, tmp_path: Path) -> None:
+    wrong = Path(shutil.copytree(folder("flan", "two decoders"), tmp_path / "wrong"))
+    model = onnx.load(wrong / "decoder_model.onnx")
+    (product,) = (node for node in model.graph.node if node.name.endswith("block.0/layer.0/SelfAttention/q/MatMul"))
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == product.input[1])
+    if damage == "none":
+        del product.input[1:]
+    else:
+        weight.data_type, weight.dims[0] = (99, weight.dims[0]) if damage == "type" else (weight.data_type, 3)
+    onnx.save(model, wrong / "decoder_model.onnx")
+    with pytest.raises(CheckpointError, match=r"cannot be read|no tensor 'decoder.block.0.layer.0.SelfAttention.q.weight'"):
+        Checkpoint.open(str(wrong)).tensor("decoder.block.0.layer.0.SelfAttention.q.weight", 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +234,12 @@ def test_a_pipe_is_no_graph(folder: Fold, tmp_path: Path) -> None:
     (wrong / "encoder_model.onnx").unlink()
     os.mkfifo(wrong / "encoder_model.onnx")
     with pytest.raises(ModelFormatError, match=r"encoder_model\.onnx missing"):
+        Engine.load(wrong)
+    shutil.rmtree(wrong)
+    shutil.copytree(folder("flan", "merged"), wrong)
+    (wrong / "config.json").unlink()
+    os.mkfifo(wrong / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read: not a regular file"):
         Engine.load(wrong)
 
 

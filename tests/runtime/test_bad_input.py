@@ -80,6 +80,7 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         ("[]", "no format_version"),
         ('{"format_version": 99}', "format version 99, but this ramekin reads 3"),
         ("[" * 200_000, "not JSON"),
+        (f'{{"format_version": 3, "recipe": {"[" * 400 + "]" * 400}}}', "nested deeper than any manifest"),
         ('{"format_version": 3}', "not a complete manifest"),
         ('{"format_version": 3, "dims": 3}', "not a complete manifest"),
     ],
@@ -101,6 +102,7 @@ def test_broken_manifests(model_copy: Path, text: str, says: str) -> None:
         (lambda raw: raw["dims"].update(vocab_size=600), "has shape"),
         (lambda raw: raw["dims"].update(vocab_size=100), "outside the vocabulary"),
         (lambda raw: raw["tokens"]["named"].update(We=9999), "outside the vocabulary"),
+        (lambda raw: raw["tokens"]["named"].update({"We" * 1000: 5}), "texts of at most 256 characters"),
         (lambda raw: raw.update(prompt=5), "prompt must be str"),
         (lambda raw: raw.update(prompt="{foo} {"), "prompt template"),
         (lambda raw: raw.update(prompt="no paper"), "neither {abstract} nor {introduction}"),
@@ -531,6 +533,39 @@ def test_truncation_is_a_warning_in_python(engine: Engine) -> None:
         warnings.simplefilter("always")
         engine.generate("neural " * 2000)
     assert ["cut" in str(each.message) for each in caught] == [True]
+
+
+def test_names_that_are_no_text(model_copy: Path) -> None:
+    """onnxruntime decodes a graph's when they are asked for, SentencePiece a piece when it is met."""
+    graph = model_copy / "decoder.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole.replace(b"capacity", b"\xffapacity"))
+    rewrite(model_copy, lambda raw: None, rehash=True)
+    with pytest.raises(ModelFormatError, match=r"decoder\.onnx: a name in it is not UTF-8"):
+        Engine.load(model_copy)
+    graph.write_bytes(whole)
+    pieces = model_copy / "spiece.model"
+    text = Engine.load(TINY_MODEL).tokenizer.text_of(5).replace(b" ", "\u2581".encode())
+    pieces.write_bytes(pieces.read_bytes().replace(text, b"\xff" * len(text), 1))
+    rewrite(model_copy, lambda raw: None, rehash=True)
+    with pytest.raises(ModelFormatError, match=r"piece 5 of the tokenizer is not UTF-8; export the model again"):
+        Engine.load(model_copy).tokenizer.text_of(5)
+    pieces.write_bytes(pieces.read_bytes() * 2)  # each piece twice, and SentencePiece's error quotes one
+    rewrite(model_copy, lambda raw: None, rehash=True)
+    with pytest.raises(ModelFormatError, match="not a SentencePiece model"):
+        Engine.load(model_copy)
+
+
+def test_a_golden_run_without_end(model_copy: Path) -> None:
+    rewrite(model_copy, lambda raw: raw["golden"].update(target_ids=[5] * 1025))
+    with pytest.raises(ModelFormatError, match=r"no usable golden run \(more than 1024 tokens\)"):
+        golden.check(Engine.load(model_copy), Manifest.load(model_copy).golden)
+
+
+def test_lines_on_stderr_have_an_end(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format_version": "9" * 100_000}))
+    status, _, stderr = run("info", str(tmp_path))
+    assert (status, len(stderr)) == (1, len("ramekin: ") + 2_000 + len("...\n"))
 
 
 def test_a_golden_run_beyond_all_numbers(model_copy: Path) -> None:
