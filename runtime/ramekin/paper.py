@@ -42,13 +42,15 @@ class Paper:
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise PaperError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8, not PDF") from None
+            content = path.read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
             raise PaperError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if content.startswith(b"%PDF-"):
+            raise PaperError(f"{path}: a PDF; `pdftotext -raw` makes a text of it")
         try:
-            return cls.parse(text)
+            return cls.parse(content.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise PaperError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
         except PaperError as error:
             raise PaperError(f"{path}: {error}") from None
 

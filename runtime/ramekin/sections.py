@@ -61,7 +61,7 @@ def sections(text: str) -> dict[str, str]:
 
     They stand in YAML in front, or below headings, however these are marked; what stands before the first is the title.
     """
-    text = without_line_numbers(text.replace("\r\n", "\n"))
+    text = without_line_numbers(text.replace("\r\n", "\n").replace("\r", "\n"))
     front = _FRONT_MATTER.match(text)
     fields = _FIELD.findall(front[1]) if front else []
     given = {name: " ".join(value.split()).strip("\"'") for name, value in fields}

@@ -94,6 +94,7 @@ def test_sections_keep_what_is_theirs(text: str, introduction: str | None) -> No
     ("content", "says"),
     [
         (b"\xff\xfe\x00", "not UTF-8"),
+        (b"%PDF-1.7\n%\xe2\xe3", "a PDF; `pdftotext -raw` makes a text of it"),
         (b"", "not a paper"),
         (b"Just some text about nothing.", "heading Abstract or Introduction"),
         (b"{broken", "neither JSON"),
@@ -224,7 +225,7 @@ def test_markdown_in_its_forms(text: str, title: str, abstract: str, introductio
         "---\ntitle: T\nabstract: We do.\ntags: [x]\n...\n## 1. Introduction and motivation\nMuch has.\n## 2. Method\nNo.",
     ],
 )
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_papers_as_tools_write_them(text: str, end: str) -> None:
     assert Paper.parse(text.replace("\n", end)) == Paper("T", "We do.", "Much has.")
 
