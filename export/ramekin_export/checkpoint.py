@@ -27,7 +27,6 @@ from ramekin_export.traced import Reader, read_traced
 _ADAPTER = "adapter_config.json"
 _MERGE = "merge them with peft (`merge_and_unload`), save the whole model and export that"
 _NESTED = ("*", "snapshots/*")  # what a Trainer writes to, and the Hub's cache
-_OTHER_HEADS = ("qa_outputs.", "classification_head.", "classifier.")
 _MOST_DIGITS = 9  # Python reads no numbers of thousands
 _BLOCK = re.compile(r"(encoder|decoder)\.block\.(\d+)\.")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -55,7 +54,8 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: a model folder of ramekin's; export the checkpoint that it was made from")
         if not (folder / CONFIG).is_file():
             within = [each.parent for place in _NESTED for each in sorted(folder.glob(f"{place}/{CONFIG}"))]
-            hint = f"; give {within[-1]}, or another that has one" if within else ""
+            newest = max(within, key=lambda each: each.stat().st_mtime, default=None)
+            hint = f"; give {newest}, or another that has one" if newest else ""
             raise CheckpointError(f"{folder}: not a checkpoint: it has no {CONFIG}{hint}")
         self.config = read_json(folder / CONFIG)
         if self.config.get("quantization_config") is not None:
@@ -95,10 +95,6 @@ class Checkpoint:
             CheckpointError: there are weights of more blocks than `config.json` tells of, of adapters, or of a larger model.
         """
         for name in self._readers:
-            if name.startswith(_OTHER_HEADS):
-                raise CheckpointError(
-                    f"{self.folder}: tensor {name!r} is of a head that writes no text; only models that do"
-                )
             if "lora_" in name:
                 raise CheckpointError(f"{self.folder}: tensor {name!r} is an adapter's; {_MERGE}")
             block = _BLOCK.match(name)

@@ -12,6 +12,7 @@ from ramekin.errors import CheckpointError, ModelFormatError
 from ramekin.manifest import Dims
 
 _FAMILY = ("mt5", "t5")
+_OTHER_HEADS = ("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification")
 _HEAD_STEP = 8  # of GroupQueryAttention
 _FARTHEST = 1 << 16  # T5 has 128; the table of biases holds each distance
 ACTIVATIONS = {"relu": "Relu", "gelu": "Gelu", "gelu_new": "FastGelu"}
@@ -60,6 +61,10 @@ class T5Config:
             raise CheckpointError(
                 f"config.json: model_type {model_type!r}; only {' and '.join(_FAMILY)} checkpoints can be exported"
             )
+        written = raw.get("architectures")
+        other = [str(each) for each in (written if isinstance(written, list) else []) if str(each).endswith(_OTHER_HEADS)]
+        if other:
+            raise CheckpointError(f"config.json: a {other[0]}, which writes no text; only models that do can be exported")
         projection = feed_forward_of(raw)
         gated, activation = projection.startswith("gated-"), projection.removeprefix("gated-")
         if projection == "gated-gelu":

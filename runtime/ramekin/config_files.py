@@ -51,6 +51,33 @@ _RULES_WE_LACK = {  # of transformers' `generate`, with the values that change n
     "dola_layers": None,
     "top_h": None,
 }
+_ONCE_IN_CONFIG = {  # with the defaults of transformers 4
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "early_stopping": False,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "temperature": 1,
+    "top_k": 50,
+    "top_p": 1,
+    "typical_p": 1,
+    "repetition_penalty": 1,
+    "length_penalty": 1,
+    "diversity_penalty": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "remove_invalid_values": False,
+    "output_scores": False,
+    "return_dict_in_generate": False,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,14 +110,16 @@ def read_if_there(path: Path) -> dict[str, Any]:
 def read_generation(folder: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
     """How a checkpoint is meant to generate: its `generation_config.json`.
 
-    Where there is none, transformers takes what its `config.json`, `raw`, says; before 4.26 it wrote nothing else. A file of
-    transformers 4 that says `_from_model_config` was written beside settings there, which that release goes on using.
+    Where there is none, transformers takes what its `config.json`, `raw`, says; before 4.26 it wrote nothing else. Where one
+    says `_from_model_config` transformers 4 takes that, too, if any setting there is not the default.
     """
     path = folder / GENERATION
-    file = read_json(path) if path.is_file() else None
-    if file is not None and not (file.get("_from_model_config") and _written_by(file, 4)):
-        return file
-    return {name: value for name, value in raw.items() if value is not None} | (file or {})
+    own = {name: value for name, value in raw.items() if value is not None}
+    if not path.is_file():
+        return own
+    file = read_json(path)
+    chosen = any(own.get(name, default) != default for name, default in _ONCE_IN_CONFIG.items())
+    return own if chosen and file.get("_from_model_config") and _written_by(file, 4) else file
 
 
 def _written_by(raw: Mapping[str, Any], release: int) -> bool:
@@ -194,7 +223,7 @@ def special_tokens(folder: Path, raw: Mapping[str, Any], generation: Mapping[str
             silent=tuple(silent),
         )
     except ModelFormatError as error:
-        raise CheckpointError(f"{folder}: {CONFIG} or {GENERATION}: {error}") from None
+        raise CheckpointError(f"{folder}: {CONFIG}, {GENERATION} or the tokenizer's files: {error}") from None
 
 
 def cleans_up(folder: Path) -> bool:
@@ -217,7 +246,7 @@ def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator
     settings = read_if_there(folder / _TOKENIZER)
     end = settings.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    if end is not None and pieces.eos_id() >= 0 and end != pieces.id_to_piece(pieces.eos_id()):
+    if end and isinstance(end, str) and pieces.eos_id() >= 0 and end != pieces.id_to_piece(pieces.eos_id()):
         warnings.warn(
             f"{folder}: tokenizer_config.json says eos_token {end!r}; prompts end with "
             f"{pieces.id_to_piece(pieces.eos_id())!r} here all the same",

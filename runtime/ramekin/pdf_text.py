@@ -21,7 +21,7 @@ def without_line_numbers(text: str) -> str:
     lines, last, found = [], -1, 0
     for line in text.split("\n"):
         number = _LAST_NUMBER.search(line)
-        if not number or not last < int(number[1]) < last + _FURTHEST:
+        if not number or "|" in line or not last < int(number[1]) < last + _FURTHEST:  # a table's numbers are its own
             lines.append(line)
             continue
         last, found = int(number[1]), found + 1
@@ -50,6 +50,8 @@ class Words:
     def _joint(self, halves: re.Match[str]) -> str:
         """The first half of a word, and what belongs between it and the second: nothing, a hyphen, or that and a blank."""
         first, second, more = halves[1], halves[2], halves[3]
+        if "\u00ad" in halves[0]:  # which does nothing but divide
+            return first
         if second in ("and", "or", "to") and not more:  # short- and long-term
             return halves[0]
         longer = more or halves.string[halves.start() - 1 : halves.start()] in ("-", "/")

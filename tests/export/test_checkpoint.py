@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -386,10 +387,6 @@ def adapt(tensors: dict[str, np.ndarray]) -> None:
     tensors["decoder.block.0.layer.0.SelfAttention.q.lora_A.default.weight"] = np.ones((2, 64), np.float32)
 
 
-def ask(tensors: dict[str, np.ndarray]) -> None:
-    tensors["qa_outputs.weight"] = np.ones((2, 64), np.float32)
-
-
 def count_on(tensors: dict[str, np.ndarray]) -> None:
     tensors[f"encoder.block.{'9' * 5000}.weight"] = np.ones((2, 64), np.float32)
 
@@ -474,7 +471,7 @@ def index(content: str) -> Callable[[Path], None]:
         (weights(adapt), "lora_A.default.weight' is an adapter's; merge them with peft"),
         (text("adapter_config.json", "{}"), "adapter_config.json tells of weights to add; merge them with peft"),
         (weights(drop_norm), "no tensor 'decoder.final_layer_norm.weight'"),
-        (weights(ask), "'qa_outputs.weight' is of a head that writes no text"),
+        (config(architectures=["T5ForQuestionAnswering"]), "a T5ForQuestionAnswering, which writes no text"),
         (weights(count_on), "is of a block that config.json does not have"),
         (without_end, "it has no config.json"),
         (spoil_a_piece, "spiece.model: not a SentencePiece model .*can't decode byte 0xff"),
@@ -768,6 +765,11 @@ def test_what_lies_beside_a_checkpoint_is_told_of(copy: Callable[[str], Path]) -
         Checkpoint.open(str(folder / "model.safetensors"))
     with pytest.raises(CheckpointError, match=rf"it has no config.json; give {folder}, or another that has one"):
         Checkpoint.open(str(folder.parent))
+    older = folder.parent / "z"
+    shutil.copytree(folder, older)
+    os.utime(older, (0, 0))
+    with pytest.raises(CheckpointError, match=rf"it has no config.json; give {folder}, or another that has one"):
+        Checkpoint.open(str(folder.parent))
     commit = folder.parent / "models--a--b" / "snapshots" / "5f9e"
     shutil.copytree(folder, commit)
     with pytest.raises(CheckpointError, match=rf"it has no config.json; give {commit}, or another that has one"):
@@ -776,13 +778,12 @@ def test_what_lies_beside_a_checkpoint_is_told_of(copy: Callable[[str], Path]) -
 
 def test_no_quantization_is_none(copy: Callable[[str], Path]) -> None:
     folder = copy("flan")
-    edit_config(folder, quantization_config=None)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": None}))
     assert "shared.weight" in Checkpoint.open(str(folder))
 
 
 def run_export(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
     command = [sys.executable, "-m", "ramekin", "export", *arguments[:1], "model", *arguments[1:]]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)

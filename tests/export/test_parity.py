@@ -63,7 +63,7 @@ def test_the_checkpoints_own_settings(
     exported: Callable[[str, str], Engine],
     tmp_path: Path,
 ) -> None:
-    """Transformers before 4.26 wrote the first file alone, later ones of release 4 an empty second one beside it.
+    """Transformers before 4.26 wrote the first file alone, later ones of release 4 a second beside it, to be passed over.
 
     Where there is a least length most tokens end.
     """
@@ -81,8 +81,8 @@ def test_the_checkpoints_own_settings(
         json.dumps((config if in_config else tokens) | settings | ends | {"max_length": 21})
     )
     if file == "both":
-        empty = {"_from_model_config": True, "transformers_version": "4.30.2", **tokens}
-        (folder / "generation_config.json").write_text(json.dumps(empty))
+        other = {"_from_model_config": True, "transformers_version": "4.30.2", **tokens, "max_length": 9, "top_k": 1}
+        (folder / "generation_config.json").write_text(json.dumps(other))
     export(str(folder), tmp_path / "model", "fp32")
     engine, reference = Engine.load(tmp_path / "model"), load_reference(folder)
     with torch.no_grad():

@@ -388,18 +388,19 @@ def test_nulls_in_a_config_are_no_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "kept"),
     [
-        ({"_from_model_config": True, "transformers_version": "4.30.2"}, {"top_p": 0.5, "num_beams": 4}),
-        ({"_from_model_config": True, "transformers_version": "4.30.2", "top_p": 0.7}, {"top_p": 0.7, "num_beams": 4}),
-        ({"_from_model_config": True, "transformers_version": "5.0.0"}, {}),
-        ({"_from_model_config": False, "transformers_version": "4.30.2"}, {}),
-        ({"transformers_version": "4.30.2"}, {}),
-        ({"_from_model_config": True}, {}),
+        ({"_from_model_config": True, "transformers_version": "4.30.2", "top_p": 0.7, "min_length": 3}, True),
+        ({"_from_model_config": True, "transformers_version": "5.0.0"}, False),
+        ({"_from_model_config": False, "transformers_version": "4.30.2"}, False),
+        ({"transformers_version": "4.30.2"}, False),
+        ({"_from_model_config": True}, False),
     ],
 )
-def test_settings_beside_a_file_made_of_them(file: dict[str, Any], kept: dict[str, Any], tmp_path: Path) -> None:
+def test_settings_beside_a_file_made_of_them(file: dict[str, Any], kept: bool, tmp_path: Path) -> None:
+    """As transformers 4 does, which asks whether any setting in `config.json` is not the default."""
     (tmp_path / "generation_config.json").write_text(json.dumps(file))
-    found = read_generation(tmp_path, {"top_p": 0.5, "num_beams": 4, "top_k": None, "transformers_version": "4.30.2"})
-    assert found == file | kept
+    raw = {"top_p": 0.5, "top_k": None, "d_model": 64, "transformers_version": "4.30.2"}
+    assert read_generation(tmp_path, raw) == ({name: raw[name] for name in raw if name != "top_k"} if kept else file)
+    assert read_generation(tmp_path, raw | {"top_p": 1.0, "max_length": 20}) == file
 
 
 def test_added_tokens_of_old(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -230,10 +230,12 @@ def test_two_tokenizers_that_disagree(shared_data: Path, tmp_path: Path) -> None
     (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, **called}))  # as training scripts leave it
     load(tmp_path, tmp_path / "made.model")
     new = {"id": 32100, "content": "{", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
-    for text, told in (("{", "'Generate Question.*{abstract}"), ("paper", "'Generate Question.*parser")):
+    for text in ("{", "paper"):  # which the texts that are compared hold
         added = [*raw["added_tokens"], {**new, "content": text, "special": False}]
         (tmp_path / "tokenizer.json").write_text(json.dumps({**raw, "added_tokens": added}))
-        with pytest.warns(UserWarning, match=f"tokenizer.json differs from spiece.model, which is taken: {told}"):
+        with pytest.warns(
+            UserWarning, match=f"a blank in front of an added token is a token of its own.*'x {text} y' gives"
+        ):
             load(tmp_path, tmp_path / "made.model")
     other = {"type": "Replace", "pattern": {"String": "\u00ef"}, "content": "i"}
     rare = {"type": "Sequence", "normalizers": [other, raw["normalizer"]]}

@@ -18,6 +18,7 @@ def introduction(text: str) -> str:
         ("It repre-\nsents it.", "It represents it."),
         ("It repre\u2010\nsents it, it repre\u00ad\n  sents.", "It represents it, it represents."),
         ("It repre-\n\n\fsents it.", "It represents it."),
+        ("A multi-task\u00ad\ning task.", "A multi-tasking task."),
         ("Multi-task is multi-\ntask.", "Multi-task is multi-task."),
         (
             "The task is multi-\ntask.",
@@ -64,6 +65,11 @@ def test_other_numbers_stay(step: int) -> None:
         assert introduction(text) == " ".join(text.split())
     rare = "\n".join(f"Row {number}" for number in range(40)) + "\nA line." * 200
     assert introduction(rare) == " ".join(rare.split())
+
+
+def test_a_tables_numbers_stay() -> None:
+    table = "\n".join(f"model | {number}" for number in range(40))
+    assert introduction(table) == " ".join(table.split())
 
 
 def test_a_word_in_two_around_a_line_number() -> None:

@@ -163,7 +163,7 @@ def test_a_silent_fall_to_the_cpu_is_an_error() -> None:
     """onnxruntime logs that it cannot set up CUDA, and opens the session on the CPU."""
 
     def opened(*_: object, **__: object) -> Any:
-        return SimpleNamespace(get_providers=lambda: [CPU])
+        return SimpleNamespace(get_providers=lambda: [CPU], get_inputs=list, get_outputs=list)
 
     ort = SimpleNamespace(
         SessionOptions=onnxruntime.SessionOptions,
@@ -183,7 +183,7 @@ def test_settings_reach_the_provider() -> None:
     def opened(_: str, options: Any, providers: list[Any], **__: object) -> Any:
         seen.extend(providers)
         given.append(options)
-        return SimpleNamespace(get_providers=lambda: [CUDA, CPU])
+        return SimpleNamespace(get_providers=lambda: [CUDA, CPU], get_inputs=list, get_outputs=list)
 
     ort = SimpleNamespace(
         SessionOptions=onnxruntime.SessionOptions,
