@@ -108,6 +108,13 @@ class Torch:
         return results
 
 
+class OpenVINO(Torch):
+    """Torch's interface over OpenVINO, whose batches of prompts end too early once `logits` has run (optimum-intel 2.2.0)."""
+
+    def greedy(self, sources: Sequence[Tokens], most: int) -> list[list[int]]:
+        return [super(OpenVINO, self).greedy([source], most)[0] for source in sources]
+
+
 class CTranslate2:
     """CTranslate2's int8; it tells the logits of each step, those of a forced prefix included."""
 
@@ -208,6 +215,19 @@ def _optimum_int8(checkpoint: Path, scratch: Path, papers: Path | None) -> Predi
     return Torch(engine.model, sum(path.stat().st_size for path in graphs))
 
 
+def _openvino(**settings: int) -> Make:
+    def make(checkpoint: Path, scratch: Path, papers: Path | None) -> Predictor:
+        from optimum.intel import OVModelForSeq2SeqLM, OVWeightQuantizationConfig
+
+        folder, kept = scratch / "openvino", OVWeightQuantizationConfig(**settings)
+        OVModelForSeq2SeqLM.from_pretrained(checkpoint, export=True, quantization_config=kept).save_pretrained(folder)
+        engine = ENGINES["OpenVINO int8"].make()
+        engine.load(checkpoint, folder, threads=1)
+        return OpenVINO(engine.model, sum(path.stat().st_size for path in folder.glob("*.bin")))
+
+    return make
+
+
 def _ctranslate2(checkpoint: Path, scratch: Path, papers: Path | None) -> Predictor:
     import ctranslate2
 
@@ -259,4 +279,6 @@ PREDICTORS: Mapping[str, Make] = {
     "torch dynamic int8": _torch(_torch_int8),
     "optimum int8": _optimum_int8,
     "CTranslate2 int8": _ctranslate2,
+    "OpenVINO int8": _openvino(bits=8),
+    "OpenVINO int4, blocks of 64": _openvino(bits=4, group_size=64),
 }

@@ -7,7 +7,8 @@
 `run` makes the outlier twins, then judges each pair of model and predictor in a fresh process, two at a time, and writes
 one JSON file each; what is there already is not done again, and a predictor that fails leaves its error. The texts are samples
 of the float32 model itself (nucleus 0.95) after held-out prompts; every predictor is fed the same tokens one by one.
-Needs torch, transformers 4, bitsandbytes, accelerate, optimum[onnxruntime] and ctranslate2 beside ramekin[cpu,export].
+Needs torch, transformers 4, bitsandbytes, accelerate, optimum[onnxruntime] and ctranslate2 beside ramekin[cpu,export]; for
+OpenVINO (`--predictor "OpenVINO int8" --predictor "OpenVINO int4, blocks of 64"`) openvino, nncf and optimum-intel in an environment of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,16 @@ _ORDER = ("", "both", "principal", "signal", "wo", "channels")
 _GIVEN = ("demo", "demo-principal", "demo-signal", "larger", "larger-principal", "larger-signal")
 ASKED = 400
 """Papers that the larger model is asked about; the others a quarter of it, since the demo has them all right."""
-LIBRARIES = ("onnxruntime", "torch", "transformers", "bitsandbytes", "optimum-onnx", "ctranslate2")
+LIBRARIES = (
+    "onnxruntime",
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "optimum-onnx",
+    "ctranslate2",
+    "openvino",
+    "optimum-intel",
+)
 
 
 def _paper_prompt(paper: SyntheticPaper) -> str:

@@ -48,7 +48,8 @@ attempt with onnxruntime's operators does: neither rotated nor folded, one activ
 
 Settings of the others: bitsandbytes as the model card loads it (`load_in_4bit`, compute in bfloat16; its `wo` and head stay in
 float32, as transformers arranges), PyTorch's dynamic int8 of all linear layers, optimum's `avx512_vnni` per channel, CTranslate2
-int8. PyTorch and optimum make one activation scale for a whole tensor. Sizes are those of the weights on disk, for PyTorch
+int8. OpenVINO as in the tables of speed, but with blocks of 64 in int4, since 192 channels are no multiple of its 128, and on the demo and three of its twins only;
+its weights are 8 or 4 bits, and where the processor has bfloat16 it computes with that, as here. PyTorch and optimum make one activation scale for a whole tensor. Sizes are those of the weights on disk, for PyTorch
 in memory; ours hold the embedding in float32. All were measured on a processor with VNNI, where no engine's int8 sums saturate. On one
 with AVX2 only, optimum's int8 was 600 times and CTranslate2's 80 times further from float32 on the plain demo ([log](log.md)); ours was not.
 """
@@ -61,7 +62,9 @@ def page(folder: Path) -> str:
         result = json.loads(path.read_text(encoding="utf-8"))
         by_samples.setdefault(result.get("samples", _SAMPLES), {})[result["model"], result["predictor"]] = result
     results = by_samples.pop(_SAMPLES, {})
-    versions = next(iter((results or next(iter(by_samples.values()))).values()))["versions"]
+    versions: dict[str, str] = {}
+    for result in (results or next(iter(by_samples.values()))).values():
+        versions = result["versions"] | versions  # rows of other environments know other libraries
     parts = [_INTRODUCTION, "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".\n"]
     for model in ("demo", "larger"):
         rows = _rows(results, model)
