@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ramekin.config_files import CONFIG, read_json
+from ramekin.config_files import CONFIG, FAST, read_json
 from ramekin.errors import CheckpointError
+from ramekin.manifest import TOKENIZER
 from ramekin_export.config import T5Config
 from ramekin_export.pickled import torch_for
-from ramekin_export.vocabulary import FAST, NO_TOKENIZER, SPIECE
+from ramekin_export.vocabulary import NO_TOKENIZER
 
 _PATIENCE = 10  # seconds until the Hub counts as out of reach
 _DOWN = 500  # the same holds for this status, and larger ones
@@ -69,7 +70,7 @@ def _downloaded(hub: Any, repository: str, revision: str | None, names: list[str
         folders.add(path.parent)
         if name == CONFIG:
             T5Config.from_json(read_json(path))  # before the weights of a model that is none
-            if not {SPIECE, FAST} & set(names):
+            if not {TOKENIZER, FAST} & set(names):
                 raise CheckpointError(f"{repository}: {NO_TOKENIZER}")
     if len(folders) > 1:
         raise CheckpointError(f"{repository}: it was changed on the Hub meanwhile; try again")
@@ -97,7 +98,7 @@ def wanted(names: Iterable[str]) -> list[str]:
     Weights are the last: where they are in the cache, nothing else is missing there.
     """
     present = {name for name in names if "/" not in name}
-    small = sorted(name for name in present if name.endswith(".json") or name == SPIECE)
+    small = sorted(name for name in present if name.endswith(".json") or name == TOKENIZER)
     for kind in ("model", "pytorch_model"):
         weights = sorted(name for name in present if _holds_weights(name) and name.startswith(kind))
         if weights:

@@ -11,14 +11,13 @@ from typing import Any
 
 import sentencepiece
 
-from ramekin.config_files import read_json, special_tokens
+from ramekin.config_files import FAST, read_json, special_tokens
 from ramekin.errors import CheckpointError
-from ramekin.manifest import DEFAULT_PROMPT, SpecialTokens
+from ramekin.manifest import DEFAULT_PROMPT, TOKENIZER, SpecialTokens
 from ramekin.tokenizer import Tokenizer
 
-SPIECE, FAST = "spiece.model", "tokenizer.json"
 NO_TOKENIZER = (
-    f"it has neither {SPIECE} nor {FAST}, the tokenizers of T5 and mT5; save the tokenizer with the model "
+    f"it has neither {TOKENIZER} nor {FAST}, the tokenizers of T5 and mT5; save the tokenizer with the model "
     "(those of ByT5, CodeT5 and other relatives are not supported)"
 )
 _PLAIN = "Generate Question, Answer pair correspond to the following research paper. We propose a parser. Question, Answer:"
@@ -68,7 +67,7 @@ def write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[s
 
 
 def _write_vocabulary(folder: Path, raw: Mapping[str, Any], generation: Mapping[str, Any], out: Path) -> SpecialTokens:
-    spiece, fast = folder / SPIECE, folder / FAST
+    spiece, fast = folder / TOKENIZER, folder / FAST
     rebuilt = not spiece.is_file()
     if rebuilt and not fast.is_file():
         raise CheckpointError(f"{folder}: {NO_TOKENIZER}")

@@ -16,6 +16,7 @@ from ramekin.manifest import SpecialTokens
 from ramekin.sampling import MOST_TOKENS, SamplingParams
 
 CONFIG, GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer_config.json"
+FAST = "tokenizer.json"  # of the tokenizers in Rust
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair: alone it is no text
 _SENTINELS, _MOST_SENTINELS = 100, 10_000
 _SAMPLING = (
@@ -259,7 +260,7 @@ def _added_tokens(folder: Path, raw: Mapping[str, Any], pieces: Any) -> Iterator
             UserWarning,
             stacklevel=2,
         )
-    added = read_if_there(folder / "tokenizer.json").get("added_tokens")
+    added = read_if_there(folder / FAST).get("added_tokens")
     if added is None and settings.get("added_tokens_decoder"):
         added = [{**each, "id": int(i)} for i, each in settings["added_tokens_decoder"].items()]
     if added:
