@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from threading import RLock
+from threading import Thread, current_thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,8 @@ from ramekin.device_memory import BYTES, FLOATS, Plan, Pool, device_errors
 from ramekin.errors import ModelFormatError, ProviderError, RamekinError
 from ramekin.manifest import DECODER, ENCODER, Manifest
 from ramekin.model import Logits, Shapes, check_tensors
-from ramekin.session import onnxruntime, open_session
+from ramekin.provider import ONE_AT_A_TIME
+from ramekin.session import failure, onnxruntime, open_session
 from ramekin.tensors import (
     DISTANCES,
     INPUT_IDS,
@@ -45,6 +47,7 @@ SOURCE_STEP, CAPACITY_STEP = 64, 8
 """Prompts and caches are as long as a multiple of these, so that jobs of about the same size share memory and recordings."""
 _TOGETHER = 16  # prompts
 _MOST_RECORDED = 32
+_NOT_RECORDED = "steps are not recorded as CUDA graphs, and slower"
 RECORDED = {"enable_cuda_graph": "1"}  # runs with the same `gpu_graph_id` replay what the first one launched
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
@@ -90,16 +93,33 @@ class CudaCache:
 
 
 class CudaModel:
-    """An encoder and a decoder graph of the layout "cuda" that agree with a manifest. One thread at a time computes."""
+    """An encoder and a decoder graph of the layout "cuda" that agree with a manifest.
+
+    The thread that asks first computes in itself. Once another one asks, a thread of the model's own computes for all:
+    onnxruntime keeps recordings for the thread that made them as long as the session lives (its
+    `CUDAExecutionProvider::PerThreadContext`), so that a service with a thread for each request would record each size in
+    each. Not from the beginning, since handing over takes some 0.1 ms of each step.
+    """
 
     compact = False
 
-    def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, device: str) -> None:
-        """Take open sessions; `device` is where their inputs and outputs lie, "cuda" or "cpu"."""
+    def __init__(self, ort: Any, encoder: Any, decoder: Any, manifest: Manifest, device: str, records: bool = True) -> None:
+        """Take open sessions.
+
+        Args:
+            ort: the onnxruntime module.
+            encoder: a session of `encoder.onnx`.
+            decoder: a session of `decoder.onnx`.
+            manifest: what the graphs have to agree with.
+            device: where their inputs and outputs lie, "cuda" or "cpu".
+            records: whether the decoder can record its steps on a GPU.
+        """
         self.dims = dims = manifest.dims
         self.prompts_at_once = _TOGETHER if device == "cuda" else 1
         self._ort, self._encoder, self._decoder, self._device = ort, encoder, decoder, device
-        self._pool, self._lock, self._records = Pool(ort, device), RLock(), device == "cuda"
+        self._pool, self._records = Pool(ort, device), records and device == "cuda"
+        self._first: Thread | None = None
+        self._own: ThreadPoolExecutor | None = None
         self._recordings: dict[tuple[int, int], int] = {}
         layers, inner = dims.decoder_layers, dims.inner
         prompt: Shapes = {SOURCE_LENGTHS: (None,)}
@@ -128,15 +148,19 @@ class CudaModel:
         """
         ort, files = onnxruntime(manifest.onnxruntime), frozenset(manifest.files)
         settings = _settings(manifest)
-        encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True, settings=settings)
         open_decoder = partial(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
-        try:
-            decoder = open_decoder(settings={**settings, **RECORDED})
-        except ModelFormatError as error:
-            if not _about_recording(error):
-                raise
-            decoder = open_decoder(settings=settings)
-        return cls(ort, encoder, decoder, manifest, provider)
+        problem = None
+        with ONE_AT_A_TIME:
+            encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True, settings=settings)
+            try:
+                decoder = open_decoder(settings={**settings, **RECORDED})
+            except ModelFormatError as error:
+                if not _about_recording(error):
+                    raise
+                problem, decoder = error, open_decoder(settings=settings)
+        if problem:
+            warnings.warn(f"{_NOT_RECORDED}: {problem}", RuntimeWarning, stacklevel=2)
+        return cls(ort, encoder, decoder, manifest, provider, records=problem is None)
 
     def prefill(self, *prompts: Ids) -> CudaCross:
         """Encode prompts, padded to one length, and project them to each decoder layer's cross-attention keys and values."""
@@ -166,7 +190,9 @@ class CudaModel:
         """An empty cache for `rows` samples, as many of each prompt, of at most `capacity` tokens."""
         held = _rounded_up(capacity, CAPACITY_STEP)
         plan = Plan.of_samples(self.dims, self._floats, rows, held, min(candidates, self.dims.vocab_size))
-        return self._twice(lambda: CudaCache(self._pool, plan, cross, rows, held), plan.bytes)
+        cache = self._twice(lambda: CudaCache(self._pool, plan, cross, rows, held), plan.bytes)
+        cache.recording = self._recording(cache)
+        return cache
 
     def step(self, token_ids: Ids, cache: CudaCache) -> Logits:
         """Feed one token to each running sample of `cache`, which grows by one position.
@@ -183,9 +209,10 @@ class CudaModel:
         except RamekinError as error:
             if cache.recording < 0 or not _about_recording(error):
                 raise
-            if self._records:  # other jobs may find the same at the same time
-                warnings.warn(f"steps are not recorded as CUDA graphs: {error}", RuntimeWarning, stacklevel=2)
-            self._records, cache.binding = False, None
+            is_news, self._records = self._records, False  # other jobs may find the same at the same time
+            if is_news:
+                warnings.warn(f"{_NOT_RECORDED}: {error}", RuntimeWarning, stacklevel=2)
+            cache.recording, cache.binding = -1, None
             logits = self._twice(lambda: self._decode(cache), cache.bytes)
         cache.length += 1
         return logits
@@ -200,8 +227,11 @@ class CudaModel:
             cache.binding = self._bind(cache)
         binding, options, _ = cache.binding
         self._decoder.run_with_iobinding(binding, options)
-        top_values, top_ids, logprobs = (values[name].numpy()[active] for name in (TOP_VALUES, TOP_IDS, TOP_LOGPROBS))
-        return Logits(top_values, top_ids, self.dims.vocab_size, lambda: self._fetch(cache, active), logprobs)
+        top_values, top_ids, logprobs = (values[name].numpy() for name in (TOP_VALUES, TOP_IDS, TOP_LOGPROBS))
+        if np.isnan(logprobs).any():  # the next job would find NaN in the caches, and masked NaN is NaN
+            self._pool.give_up(cache.memory)
+        fetch = partial(self._fetch, cache, active)
+        return Logits(top_values[active], top_ids[active], self.dims.vocab_size, fetch, logprobs[active])
 
     def _fetch(self, cache: CudaCache, active: npt.NDArray[np.intp]) -> Floats:
         """All logits of the last step of `cache`, whose memory is its own as long as somebody may ask."""
@@ -223,26 +253,37 @@ class CudaModel:
             binding.bind_ortvalue_output(name, values[name])
         for name, output in zip(past_names(layers), present_names(layers), strict=True):
             binding.bind_ortvalue_output(output, values[name])
-        options = self._ort.RunOptions()
-        if self._device == "cuda":  # what was recorded with these addresses is replayed; -1: nothing is
-            cache.recording = self._recording(cache)
-            options.add_run_config_entry("gpu_graph_id", str(cache.recording))
+        options = self._ort.RunOptions()  # what was recorded with these addresses is replayed; -1: nothing is
+        options.add_run_config_entry("gpu_graph_id", str(cache.recording))
         return binding, options, (kept, host)
 
     def _recording(self, cache: CudaCache) -> int:
         """The number of the recording for these addresses; -1 for none. A session keeps its recordings, so they are few."""
         key = cache.cross.memory.number, cache.memory.number
-        if not self._records:
-            return -1
-        if key not in self._recordings and len(self._recordings) >= _MOST_RECORDED:
-            told = f"steps of more than {_MOST_RECORDED} different jobs are not recorded as CUDA graphs, and slower"
-            warnings.warn(f"{told}; jobs of few different sizes share theirs", RuntimeWarning, stacklevel=2)
-            return -1
-        return self._recordings.setdefault(key, len(self._recordings) + 1)
+        with ONE_AT_A_TIME:
+            if not self._records:
+                return -1
+            if key in self._recordings or len(self._recordings) < _MOST_RECORDED:
+                return self._recordings.setdefault(key, len(self._recordings) + 1)
+        told = f"steps of more than {_MOST_RECORDED} different jobs are not recorded as CUDA graphs, and slower"
+        warnings.warn(f"{told}; jobs of few different sizes share theirs", RuntimeWarning, stacklevel=3)
+        return -1
 
     def _twice(self, run: Callable[[], Result], needed: int) -> Result:
         """Run something on the device; once more without idle memory, if there was too little."""
-        with self._lock:
+        with ONE_AT_A_TIME:
+            self._first = self._first or current_thread()
+            if self._first is current_thread() and not self._own:
+                return self._run_twice(run, needed)
+            try:
+                self._own = self._own or ThreadPoolExecutor(1, "ramekin-cuda")
+                running = self._own.submit(self._run_twice, run, needed)
+            except RuntimeError as error:  # no more threads
+                raise failure(error, hint="") from error
+        return running.result()
+
+    def _run_twice(self, run: Callable[[], Result], needed: int) -> Result:
+        with ONE_AT_A_TIME:
             try:
                 with device_errors(self._device, needed):
                     return run()
@@ -262,7 +303,7 @@ def _settings(manifest: Manifest) -> dict[str, str]:
 
 
 def _about_recording(error: Exception) -> bool:
-    return "captur" in str(error).lower()
+    return "captur" in str(error.__cause__ or error).lower()  # what we quote of a long text may be cut before that
 
 
 def _rounded_up(size: int, step: int) -> int:

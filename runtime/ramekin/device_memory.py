@@ -86,6 +86,7 @@ class Pool:
         self._ort, self._device, self._made = ort, device, 0
         self._idle: list[tuple[Plan, Memory]] = []  # the one that was used last comes last
         self._returned: deque[tuple[Plan, Memory]] = deque()  # a borrower may go at any moment, in any thread
+        self._spoiled: set[int] = set()
         self._lock = Lock()
 
     def lend(self, plan: Plan, borrower: object) -> Memory:
@@ -100,6 +101,10 @@ class Pool:
             memory = self._idle.pop(fitting[-1])[1] if fitting else self._make(plan)
         weakref.finalize(borrower, self._take_back, plan, memory).atexit = False
         return memory
+
+    def give_up(self, memory: Memory) -> None:
+        """Never lend this memory again."""
+        self._spoiled.add(memory.number)
 
     def give_up_idle(self) -> None:
         """Keep nothing for the next job."""
@@ -118,7 +123,9 @@ class Pool:
     def _sort_in(self) -> None:
         """Keep what came back for the next job, but not too much; a prompt's and its samples' in any case."""
         while self._returned:
-            self._idle.append(self._returned.popleft())
+            plan, memory = self._returned.popleft()
+            if memory.number not in self._spoiled:
+                self._idle.append((plan, memory))
         while len(self._idle) > 2 and sum(plan.bytes for plan, _ in self._idle) > _MOST_IDLE:
             del self._idle[0]
 

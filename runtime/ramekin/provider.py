@@ -12,7 +12,9 @@ from ramekin.errors import ProviderError, one_line
 from ramekin.manifest import PROVIDERS
 
 AUTO = "auto"
-_LISTENING = threading.Lock()
+ONE_AT_A_TIME = threading.RLock()
+"""Held by whoever asks anything of CUDA: while a thread records a CUDA graph, an allocation in another fails and spoils it
+(onnxruntime records with `cudaStreamCaptureModeGlobal`)."""
 _DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 
@@ -74,25 +76,25 @@ def cuda_problem(ort: Any) -> str:
         ctypes.CDLL(_DRIVER)
     except OSError:
         return f"there is no NVIDIA driver on this machine ({_DRIVER} cannot be loaded)"
-    told = _preload(ort)
-    if "Please follow" in told:  # a library is missing; onnxruntime would now log what it has just said
-        return f"CUDA does not work here ({one_line(told)}); libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
-    try:
-        ort.OrtValue.ortvalue_from_shape_and_type([1], 1, "cuda", 0)
-    except Exception as error:  # onnxruntime raises a dozen unrelated types
-        return f"CUDA does not work here ({one_line(told or error)})"
+    with ONE_AT_A_TIME:
+        told = _preload(ort)
+        if "Please follow" in told:  # a library is missing; onnxruntime would now log what it has just said
+            return f"CUDA does not work here ({one_line(told)}); libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"
+        try:
+            ort.OrtValue.ortvalue_from_shape_and_type([1], 1, "cuda", 0)
+        except Exception as error:  # onnxruntime raises a dozen unrelated types
+            return f"CUDA does not work here ({one_line(told or error)})"
     return ""
 
 
 def _preload(ort: Any) -> str:
     """Load CUDA's libraries from where pip puts them. Returns what onnxruntime prints if some are missing."""
     said: list[str] = []
-    with _LISTENING:
-        ort.print = lambda *what, **_: said.append(" ".join(map(str, what)))  # that module's alone: stdout is the process's
-        try:
-            ort.preload_dlls()
-        except Exception as error:  # older releases raise on folders that they do not know
-            return str(error)
-        finally:
-            del ort.print
+    ort.print = lambda *what, **_: said.append(" ".join(map(str, what)))  # that module's alone: stdout is the process's
+    try:
+        ort.preload_dlls()
+    except Exception as error:  # older releases raise on folders that they do not know
+        return str(error)
+    finally:
+        del ort.print
     return "\n".join(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from ramekin import Engine, SamplingParams
 from ramekin.errors import ProviderError
 from ramekin.manifest import DECODER, ENCODER, MANIFEST, Manifest
 from ramekin.sampling import log_probabilities
+from ramekin_export.formats import FORMATS
 from ramekin_export.pipeline import export
 from ramekin_export.verify import Checks
 from tests.export.test_parity import SOURCES, cases, load_reference, reference_logits
@@ -218,6 +220,10 @@ def test_one_operator_stands_for_every_attention(checkpoint: Callable[[str], Pat
     assert not any(node.op_type in ("Transpose", "Shape", "Concat", "Expand", "Range") for node in graph.node)
 
 
+def test_how_far_formats_may_be_from_float32() -> None:
+    assert {name: each.most_divergence for name, each in FORMATS.items()} == {"fp32-cuda": 1e-6, "bf16": 0.02, "fp16": 0.002}
+
+
 def test_half_precision_is_not_for_the_cpu(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     """The golden run is float32's, so that `verify` can tell on the GPU what the export could not."""
     folder = made(checkpoint("flan"), tmp_path / "model", "bf16")
@@ -232,16 +238,18 @@ def test_half_precision_is_not_for_the_cpu(checkpoint: Callable[[str], Path], tm
     np.testing.assert_allclose(golden, manifest.golden["logprobs"], rtol=0, atol=1e-6)
 
 
-def test_a_weight_beyond_float16_is_told(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["encoder.block.0.layer.0.SelfAttention.o", "decoder.block.0.layer.0.SelfAttention.k"])
+def test_a_weight_beyond_float16_is_told(name: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """By its own name, also where several become one product."""
     from safetensors.numpy import load_file, save_file
 
     from ramekin.errors import CheckpointError
 
     broken = Path(shutil.copytree(checkpoint("flan"), tmp_path / "broken"))
     state = load_file(broken / "model.safetensors")
-    state["encoder.block.0.layer.0.SelfAttention.o.weight"][0, 0] = 1e6
+    state[f"{name}.weight"][0, 0] = 1e6
     save_file(state, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"SelfAttention\.o.*1e\+06.*float16.*--precision bf16"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)}: 1e\+06.*float16.*--precision bf16"):
         made(broken, tmp_path / "model", "fp16")
     assert not (tmp_path / "model").exists()
 

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,16 @@ def test_rows_do_not_influence_one_another(on_gpu: Callable[[str, str], Engine])
         fed[5] = token
         row = model.step(fed, cache).full[5:6]
         assert divergence(alone[at : at + 1], row) < 1e-4
+
+
+def test_a_thread_for_each_request(on_gpu: Callable[[str, str], Engine]) -> None:
+    """Of several engines, which record sizes that are new: nobody spoils another's recording, and nothing is warned of."""
+    engines = [on_gpu("flan", precision) for precision in ("fp32-cuda", "bf16", "fp16")]
+    jobs = [(engine, replace(PARAMS, n=n)) for n in (5, 6, 7) for engine in engines]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            found = list(pool.map(lambda job: job[0].generate([5, 6, 1], job[1]), jobs))
+        assert found == [engine.generate([5, 6, 1], params) for engine, params in jobs]
 
 
 def test_a_job_that_does_not_fit(on_gpu: Callable[[str, str], Engine]) -> None:

@@ -1,10 +1,10 @@
-"""The model for CUDA on the CPU: several prompts at once, memory that keeps its place, what does not fit."""
+"""The model for CUDA on the CPU: several prompts at once, what stays on the device, what does not fit."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import warnings
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,28 +14,19 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from ramekin import Completion, Engine, ModelFormatError, ProviderError, RamekinError, SamplingParams
-from ramekin.cuda_model import CudaModel
-from ramekin.device_memory import BYTES, Plan, Pool
-from ramekin.manifest import DECODER, ENCODER, Dims, Manifest
+from ramekin import Completion, Engine, ModelFormatError, ProviderError, RamekinError
+from ramekin.cuda_model import RECORDED, CudaModel
+from ramekin.device_memory import Plan
+from ramekin.manifest import DECODER, ENCODER, Manifest
+from ramekin.provider import ONE_AT_A_TIME
 from ramekin.session import open_session
-from ramekin.tensors import TOP_K
-from tests.runtime.conftest import CUDA_MODEL, RUNS_CUDA_GRAPHS
+from ramekin.tensors import LOGITS, TOP_K, UNFOLDED
+from tests.runtime.conftest import CUDA_MODEL, OUT_OF_MEMORY, RUNS_CUDA_GRAPHS, Failing
+from tests.runtime.conftest import CUDA_PARAMS as PARAMS
 
 pytestmark = RUNS_CUDA_GRAPHS
 
-LARGE = Dims(vocab_size=32128, d_model=1024, d_ff=2816, num_heads=16, head_dim=64, encoder_layers=24, decoder_layers=24)
 PROMPTS = [list(range(3, 3 + length)) for length in (1, 7, 90, 64, 33)]
-PARAMS = SamplingParams(n=3, max_new_tokens=30, seed=11, top_k=20)
-
-
-@pytest.fixture
-def cuda() -> Engine:
-    """On the CPU, in groups as on a GPU."""
-    engine = Engine.load(CUDA_MODEL, provider="cpu", threads=2)
-    assert engine.model.prompts_at_once == 1
-    engine.model.prompts_at_once = 16
-    return engine
 
 
 def test_the_same_samples_as_the_graphs_for_the_cpu(cuda: Engine, engine: Engine) -> None:
@@ -107,142 +98,6 @@ def test_jobs_of_one_size_share_memory(cuda: Engine) -> None:
     assert places(50, 5, 41) == first
 
 
-def test_fresh_caches_are_zero_and_nothing_else_is_touched() -> None:
-    """NaN times 0 is NaN; lengths are named as caches are, but hold integers."""
-    written: list[tuple[str, tuple[int, ...]]] = []
-
-    class Value:
-        def __init__(self, shape: list[int], kind: int, *_: object) -> None:
-            self.shape, self.kind = tuple(shape), kind
-
-        def update_inplace(self, array: Any) -> None:
-            assert array.shape == self.shape
-            assert array.itemsize == BYTES[self.kind]
-            assert not array.any()
-            written.append(self.shape)
-
-    plan = Plan.of_samples(LARGE, floats=16, rows=64, capacity=104, candidates=4)
-    Pool(SimpleNamespace(OrtValue=SimpleNamespace(ortvalue_from_shape_and_type=Value)), "cuda").lend(plan, Borrower())
-    assert written == [(64, 104, 1024)] * 48
-
-
-def test_what_a_job_of_flan_t5_large_takes() -> None:
-    """Two bytes for each of 24 layers' keys and values; the logits and all else are small beside them."""
-    prompts = Plan.of_prompts(LARGE, floats=16, prompts=4, source=1024)
-    assert prompts.bytes == 4 * 1024 * 24 * 2 * 1024 * 2 + 4 * 8
-    samples = Plan.of_samples(LARGE, floats=16, rows=64, capacity=104, candidates=64)
-    caches = 64 * 104 * 24 * 2 * 1024 * 2
-    assert caches < samples.bytes < 1.02 * caches
-
-
-class Small:
-    """A device with so much memory."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.OrtValue = limit, SimpleNamespace(ortvalue_from_shape_and_type=self.make)
-
-    def make(self, shape: list[int], *_: object) -> Any:
-        size = 4 * int(np.prod(shape))
-        if size > self.limit:
-            raise RuntimeError("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 8")
-        self.limit -= size
-        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, 1, "cpu", 0)
-
-
-class Borrower:
-    """Somebody who needs memory."""
-
-
-def test_too_little_memory_is_one_clear_line() -> None:
-    plan = Plan((("logits", (1000, 1000), 1),))
-    with pytest.raises(ProviderError, match=r"too little memory \(cuda\): this job needs 0\.0 GB.*fewer or shorter samples"):
-        Pool(Small(10**6), "cuda").lend(plan, Borrower())
-
-
-def test_some_memory_is_kept_for_the_next_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ramekin.device_memory._MOST_IDLE", 4 * 30)  # bytes
-    pool, borrowers = Pool(onnxruntime, "cpu"), [Borrower() for _ in range(9)]
-    plans = [Plan((("logits", (1, width), 1),)) for width in range(1, 10)]
-    lent = [pool.lend(plan, borrower) for plan, borrower in zip(plans, borrowers, strict=True)]
-    while borrowers:
-        del borrowers[0]
-    again = [pool.lend(plan, Borrower()) for plan in plans[-3:]]  # 7, 8 and 9 numbers of 4 bytes are the last that fit
-    assert again == lent[-3:]
-    assert pool.lend(plans[0], Borrower()).number == 10
-    pool.give_up_idle()
-    assert pool.lend(plans[-1], Borrower()).number == 11
-    pool.give_up_idle()
-    many = [pool.lend(plan, Borrower()) for plan in plans]
-    assert sum(4 * memory.values["logits"].shape()[1] for _, memory in pool._idle) <= 4 * 30  # at once, not at the next job
-    del many
-    large = [Plan((("logits", (1, width), 1),)) for width in (1000, 2000)]
-    numbers = [pool.lend(plan, Borrower()).number for plan in large]
-    assert [pool.lend(plan, Borrower()).number for plan in large] == numbers  # a prompt's and its samples' in any case
-
-
-def test_memory_that_comes_back_while_memory_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collector may free a borrower at any moment; what is lent then must still be of the plan that was asked for."""
-    plans = [Plan((("logits", (1, width), 1),)) for width in (1, 2)]
-    borrowers = [Borrower() for _ in range(20)]
-
-    class Interrupting(Plan):
-        def __eq__(self, other: object) -> bool:
-            if borrowers:
-                borrowers.pop()
-            return isinstance(other, Plan) and self.tensors == other.tensors
-
-        __hash__ = Plan.__hash__
-
-    pool = Pool(onnxruntime, "cpu")
-    for place, borrower in enumerate(borrowers):
-        pool.lend(plans[place % 2], borrower)
-    del borrower
-    borrowers[10:] = []
-    while borrowers:
-        memory = pool.lend(Interrupting(plans[0].tensors), Borrower())
-        assert memory.values["logits"].shape() == [1, 1]
-
-
-def test_jobs_of_many_prompt_lengths_share_their_recordings(cuda: Engine) -> None:
-    """A server sees every length: each size is recorded once, and never again."""
-    model: Any = cuda.model
-    model._records = True
-    rng = np.random.default_rng(0)
-    for size in rng.permutation(np.repeat(np.arange(1, 17), 4)):  # all there are, to 1024 tokens
-        cache = model.new_cache(model.prefill(np.arange(3, 3 + size * 64 - 5) % 500), 2, 8, 4)
-        model._recording(cache)
-        del cache
-    assert len(model._recordings) == 16
-
-
-# As onnxruntime 1.31.1 words it: what matters stands behind hundreds of characters.
-OUT_OF_MEMORY = (
-    "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned while running MultiHeadAttention node. "
-    "Name:'decoder.block.0.layer.0.SelfAttention.heads/MultiHeadAttention' Status Message: /onnxruntime_src/onnxruntime/"
-    "core/framework/bfc_arena.cc:376 void* onnxruntime::BFCArena::AllocateRawInternal(size_t, bool, onnxruntime::Stream*) "
-    "Failed to allocate "
-    "memory for requested buffer of size 1099511627776"
-)
-
-
-class Failing:
-    """A session that fails some times before it works."""
-
-    def __init__(self, session: Any, *texts: str) -> None:
-        self._session, self._texts = session, list(texts)
-        self.ids: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._session, name)
-
-    def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
-        with contextlib.suppress(RuntimeError):  # it has none
-            self.ids.append(options.get_run_config_entry("gpu_graph_id"))
-        if self._texts:
-            raise RuntimeError(self._texts.pop(0))
-        self._session.run_with_iobinding(binding, options)
-
-
 @pytest.mark.parametrize("text", [OUT_OF_MEMORY, "CUDA failure 2: out of memory ; GPU=0", "CUBLAS_STATUS_ALLOC_FAILED"])
 def test_a_step_without_memory(text: str, cuda: Engine) -> None:
     """Idle memory is given up and the step tried once more; then it is told."""
@@ -268,86 +123,6 @@ def test_other_failures_are_one_line_too(cuda: Engine) -> None:
         model.step([0, 0], cache)
 
 
-def test_recordings_have_a_number_for_each_size_of_job(cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, but for the copies; -1 means that nothing is recorded, which is what a failure leads to."""
-    model: Any = cuda.model
-    model._records, model._decoder = True, Failing(model._decoder)
-    bind = model._bind
-
-    def recorded(cache: Any) -> Any:
-        model._device = "cuda"
-        try:
-            return bind(cache)
-        finally:
-            model._device = "cpu"
-
-    model._bind = recorded
-    caches = [model.new_cache(model.prefill([3, 1]), rows, 8, 4) for rows in (2, 3)]
-    for cache in (*caches, *caches):
-        model.step([0] * cache.rows, cache)
-    assert model._decoder.ids == ["1", "2", "1", "2"]
-    monkeypatch.setattr("ramekin.cuda_model._MOST_RECORDED", 2)  # a session never gives a recording back
-    for cache in (model.new_cache(caches[0].cross, 4, 8, 4), *caches):
-        cache.binding = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if cache.rows == 4 else "error")
-            model.step([0] * cache.rows, cache)
-    assert model._decoder.ids[4:] == ["-1", "1", "2"]
-    failure = "Graph capture did not complete after 2 runs"
-    model._decoder = Failing(model._decoder._session, failure)
-    caches[0].binding, caches[1].binding = None, recorded(caches[1])
-    with pytest.warns(RuntimeWarning, match="steps are not recorded as CUDA graphs: .*did not complete"):
-        model.step([0, 0], caches[0])
-    model._decoder._texts = [failure]  # of a job that had begun before: it goes on too, and says nothing
-    model.step([0, 0, 0], caches[1])
-    for cache in caches:
-        model.step([0] * cache.rows, cache)
-    assert model._decoder.ids == ["1", "-1", "2", "-1", "-1", "-1"]
-    assert [cache.length for cache in caches] == [5, 5]
-
-
-def opened_as_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, manifest: Manifest, records: bool
-) -> list[tuple[str, dict[str, str]]]:
-    """With what settings both sessions are opened."""
-    opened: list[tuple[str, dict[str, str]]] = []
-
-    def open_it(ort: Any, path: Path, *arguments: Any, settings: dict[str, str], **options: Any) -> Any:
-        opened.append((path.name, settings))
-        if "enable_cuda_graph" in settings and not records:
-            raise ModelFormatError("This session cannot use the graph capture feature as requested by the user")
-        return open_session(ort, path, *arguments, **options)
-
-    monkeypatch.setattr("ramekin.cuda_model.open_session", open_it)
-    CudaModel.load(CUDA_MODEL, manifest, "cpu", 1)
-    return opened
-
-
-@pytest.mark.parametrize(("precision", "tf32"), [("fp32-cuda", "0"), ("bf16", "1"), ("fp16", "1")])
-def test_settings_of_cuda(precision: str, tf32: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all is float32 it is exact; the decoder's steps are recorded."""
-    opened = opened_as_on_a_gpu(monkeypatch, replace(Manifest.load(CUDA_MODEL), precision=precision), records=True)
-    expected = {"device_id": "0", "use_tf32": tf32, "arena_extend_strategy": "kSameAsRequested"}
-    assert opened == [(ENCODER, expected), (DECODER, {**expected, "enable_cuda_graph": "1"})]
-
-
-def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = opened_as_on_a_gpu(monkeypatch, Manifest.load(CUDA_MODEL), records=False)
-    assert [(name, "enable_cuda_graph" in settings) for name, settings in opened] == [
-        (ENCODER, False),
-        (DECODER, True),
-        (DECODER, False),
-    ]
-
-
-def test_all_logits_outlive_the_job(cuda: Engine) -> None:
-    model: Any = cuda.model
-    logits = model.step([0, 0], model.new_cache(model.prefill([3, 1]), 2, 8, 4))
-    gc.collect()
-    cuda.generate([3, 1], replace(PARAMS, n=2, max_new_tokens=8))
-    np.testing.assert_array_equal(np.sort(logits.full, axis=1)[:, :-5:-1], logits.top_values)
-
-
 def test_an_altered_graph_is_told(cuda: Engine) -> None:
     """Tokens that repeat, and tokens that there are not."""
     model: Any = cuda.model
@@ -368,6 +143,84 @@ def test_an_altered_graph_is_told(cuda: Engine) -> None:
             cuda.generate([3, 1], PARAMS)
 
 
+def test_a_full_cache(cuda: Engine) -> None:
+    cache = cuda.model.new_cache(cuda.model.prefill([5, 1]), rows=1, capacity=8, candidates=1)
+    for _ in range(8):
+        cuda.model.step([0], cache)
+    with pytest.raises(ValueError, match="the cache is full: its capacity is 8 tokens"):
+        cuda.model.step([0], cache)
+
+
+def test_more_candidates_than_tokens(cuda: Engine, engine: Engine) -> None:
+    params = replace(PARAMS, top_k=10**6)
+    found, expected = cuda.generate(PROMPTS[1], params), engine.generate(PROMPTS[1], params)
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+
+
+def test_what_a_job_needs_is_its_memory_and_its_scratch(cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the errors tell it."""
+    model: Any = cuda.model
+    twice, needed = model._twice, []
+
+    def watched(run: Any, size: int) -> Any:
+        needed.append(size)
+        return twice(run, size)
+
+    monkeypatch.setattr(model, "_twice", watched)
+    cross = model.prefill([3, 1], [3] * 70)
+    prompts = Plan.of_prompts(model.dims, model._floats, 2, 128).bytes
+    assert needed == [prompts + 2 * model.dims.num_heads * 128 * 128 * 4]
+    model.step([0] * 4, model.new_cache(cross, 4, 8, 4))
+    samples = Plan.of_samples(model.dims, model._floats, 4, 8, 4).bytes
+    assert needed[1:] == [samples, samples + prompts]
+
+
+@pytest.mark.parametrize("rules", [{}, {"greedy": True}, {"min_new_tokens": 5}, {"top_k": 50}])
+def test_all_logits_stay_on_the_device(rules: dict[str, Any], cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetched(*_: object) -> Any:
+        raise AssertionError("all logits were copied")
+
+    monkeypatch.setattr(cuda.model, "_fetch", fetched)
+    cuda.generate_many(PROMPTS[:3], replace(PARAMS, **rules))
+
+
+def test_all_logits_outlive_the_job(cuda: Engine) -> None:
+    """Their memory is not lent to the next one as long as somebody may ask."""
+    model: Any = cuda.model
+    params = replace(PARAMS, n=2, max_new_tokens=8)
+    cache = model.new_cache(model.prefill([3, 1]), 2, 8, params.candidates)
+    logits = model.step([0, 0], cache)
+    del cache
+    gc.collect()
+    cuda.generate([3, 1], params)
+    k = params.candidates
+    np.testing.assert_array_equal(np.sort(logits.full, axis=1)[:, : -k - 1 : -1], logits.top_values)
+
+
+def test_all_logits_of_rows_that_have_left(cuda: Engine) -> None:
+    model: Any = cuda.model
+    cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
+    logits = model.step([0, 5], cache)
+    cache.keep([1])
+    assert len(logits.full) == 2
+
+
+def test_numbers_that_are_none_stay_with_the_job(cuda: Engine, engine: Engine) -> None:
+    """Attention multiplies what it masks by 0, and 0 times NaN is NaN: caches that a job left so are not lent again."""
+    model: Any = cuda.model
+    expected = [each.token_ids for each in engine.generate(PROMPTS[1], PARAMS)]
+    cuda.generate(PROMPTS[1], PARAMS)
+    gc.collect()
+    for plan, memory in model._pool._idle:
+        for name, shape, _ in plan.tensors:
+            if name.startswith(("past_key", "past_value")):
+                memory.values[name].update_inplace(np.full(shape, np.nan, np.float32))
+    with pytest.raises(RamekinError, match="logits that are not numbers"):
+        cuda.generate(PROMPTS[1], PARAMS)
+    gc.collect()
+    assert [each.token_ids for each in cuda.generate(PROMPTS[1], PARAMS)] == expected
+
+
 def test_what_lies_in_the_hosts_memory(cuda: Engine) -> None:
     """Shapes are read by the host; bound there, onnxruntime has nothing to copy back and forth."""
     cache = cuda.model.new_cache(cuda.model.prefill([3, 1]), 2, 8, 4)
@@ -375,11 +228,164 @@ def test_what_lies_in_the_hosts_memory(cuda: Engine) -> None:
     _, _, (kept, host) = cache.binding
     assert all(value.device_name() == "cpu" for value in kept.values())
     assert host[TOP_K].tolist() == [4]
+    assert kept.keys() == host.keys() == {UNFOLDED, TOP_K}
 
 
-def test_a_full_cache(cuda: Engine) -> None:
-    cache = cuda.model.new_cache(cuda.model.prefill([5, 1]), rows=1, capacity=8, candidates=1)
-    for _ in range(8):
-        cuda.model.step([0], cache)
-    with pytest.raises(ValueError, match="the cache is full: its capacity is 8 tokens"):
-        cuda.model.step([0], cache)
+def test_the_device_is_one_threads_alone(cuda: Engine) -> None:
+    """Onnxruntime keeps recordings for threads, and no other engine's thread may come between."""
+    model: Any = cuda.model
+    threads: list[threading.Thread] = []
+
+    def watch() -> None:
+        threads.append(threading.current_thread())
+        taken: list[bool] = []
+        other = threading.Thread(target=lambda: taken.append(ONE_AT_A_TIME.acquire(blocking=False)))
+        other.start()
+        other.join()
+        assert taken == [False]
+
+    class Watched(Failing):
+        def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
+            watch()
+            super().run_with_iobinding(binding, options)
+
+    model._encoder, model._decoder = Watched(model._encoder, OUT_OF_MEMORY), Watched(model._decoder, OUT_OF_MEMORY)
+    make = model._pool._make
+
+    def made(plan: Any) -> Any:
+        watch()
+        return make(plan)
+
+    model._pool._make = made
+
+    def job() -> tuple[threading.Thread, set[threading.Thread]]:
+        """Who asked, and who computed."""
+        threads.clear()
+        cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
+        logits = model.step([0, 0], cache)
+        cache.recording, model._decoder._texts = 1, ["Graph capture failed"]
+        model.step([0, 0], cache)
+        value = cache.memory.values[LOGITS]
+        cache.memory.values[LOGITS] = SimpleNamespace(numpy=lambda: (watch(), value.numpy())[1])
+        assert len(logits.full) == 2
+        cache.memory.values[LOGITS] = value
+        assert len(threads) >= 5
+        return threading.current_thread(), set(threads)
+
+    def in_a_thread() -> tuple[threading.Thread, set[threading.Thread]]:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(job).result()
+
+    for _ in range(2):
+        asking, computing = job()
+        assert computing == {asking}
+    _, its_own = in_a_thread()
+    for run in (in_a_thread, job, in_a_thread):
+        asking, computing = run()
+        assert computing == its_own != {asking}
+
+
+def test_no_more_threads(cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def starts(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(cuda.generate, [3, 1], PARAMS).result()
+    monkeypatch.setattr(threading.Thread, "start", starts)
+    with pytest.raises(RamekinError, match=r"no more threads.*ulimit -u"):
+        cuda.generate([3, 1], PARAMS)
+
+
+class Opened:
+    """How sessions are opened as on a GPU: what was asked for, and with what success."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, manifest: Manifest, failure: str = "") -> None:
+        self.asked: list[tuple[str, str, int, bool, dict[str, str]]] = []
+        self._failure = failure
+        monkeypatch.setattr("ramekin.cuda_model.open_session", self.open)
+        self.model: Any = CudaModel.load(CUDA_MODEL, manifest, "cuda", 1)
+
+    def open(
+        self, ort: Any, path: Path, files: Any, provider: str, threads: int, rests: bool, settings: dict[str, str]
+    ) -> Any:
+        self.asked.append((path.name, provider, threads, rests, settings))
+        assert ONE_AT_A_TIME._is_owned()  # type: ignore[attr-defined]
+        if self._failure and "enable_cuda_graph" in settings:
+            raise ModelFormatError(f"{path}: onnxruntime cannot load this graph") from RuntimeError(self._failure)
+        return open_session(ort, path, files, "cpu", threads, rests=rests)
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32-cuda", "0"), ("bf16", "1"), ("fp16", "1")])
+def test_how_sessions_are_opened(precision: str, tf32: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all is float32 it is exact; the decoder's steps are recorded."""
+    opened = Opened(monkeypatch, replace(Manifest.load(CUDA_MODEL), precision=precision))
+    plain = {"device_id": "0", "use_tf32": tf32, "arena_extend_strategy": "kSameAsRequested"}
+    assert opened.asked == [(ENCODER, "cuda", 1, True, plain), (DECODER, "cuda", 1, False, {**plain, **RECORDED})]
+    model = opened.model
+    assert (model._device, model._pool._device, model._records, model.prompts_at_once) == ("cuda", "cuda", True, 16)
+
+
+def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(RuntimeWarning, match="steps are not recorded as CUDA graphs, and slower: .*cannot load"):
+        opened = Opened(monkeypatch, Manifest.load(CUDA_MODEL), "This session cannot use the graph capture feature")
+    (*_, settings), (*other, with_recording), (*last, without) = opened.asked
+    assert other == last == [DECODER, "cuda", 1, False]
+    assert without == settings
+    assert with_recording == {**settings, **RECORDED}
+    assert not opened.model._records
+
+
+def test_a_session_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelFormatError, match="cannot load this graph"):
+        Opened(monkeypatch, Manifest.load(CUDA_MODEL), "no such operator")
+
+
+def test_memory_lies_on_the_gpu(cuda: Engine) -> None:
+    made: list[tuple[str, int]] = []
+
+    def make(shape: list[int], _: int, device: str, number: int) -> Any:
+        made.append((device, number))
+        return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, 1, "cpu", 0)
+
+    ort = SimpleNamespace(OrtValue=SimpleNamespace(ortvalue_from_shape_and_type=make))
+    model: Any = cuda.model
+    model = CudaModel(ort, model._encoder, model._decoder, cuda.manifest, "cuda")
+    plan = Plan.of_samples(model.dims, 1, 2, 8, 4)
+    model._pool.lend(plan, model)
+    assert made == [("cuda", 0)] * len(plan.tensors)
+
+
+def test_the_chosen_provider_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    load = CudaModel.load
+
+    def watched(folder: Path, manifest: Manifest, provider: str, threads: int) -> CudaModel:
+        given.append(provider)
+        return load(folder, manifest, "cpu", threads)
+
+    monkeypatch.setattr("ramekin.engine.choose_provider", lambda *_: ("cuda", ""))
+    monkeypatch.setattr(CudaModel, "load", watched)
+    assert Engine.load(CUDA_MODEL, provider="cuda").provider == "cuda"
+    assert given == ["cuda"]
+
+
+@pytest.mark.parametrize("kinds", [("float16", "float"), ("int8", "int8")])
+def test_caches_of_strange_types(kinds: tuple[str, str], cuda: Engine) -> None:
+    class Retyped:
+        def __init__(self, session: Any, kind: str) -> None:
+            self._session, self._type = session, f"tensor({kind})"
+
+        def get_inputs(self) -> list[Any]:
+            return [self._retyped(each) for each in self._session.get_inputs()]
+
+        def get_outputs(self) -> list[Any]:
+            return [self._retyped(each) for each in self._session.get_outputs()]
+
+        def _retyped(self, tensor: Any) -> Any:
+            is_cache = tensor.name.startswith(("cross", "past_key", "past_value"))
+            return SimpleNamespace(name=tensor.name, shape=tensor.shape, type=self._type if is_cache else tensor.type)
+
+    model: Any = cuda.model
+    encoder, decoder = (Retyped(each, kind) for each, kind in zip((model._encoder, model._decoder), kinds, strict=True))
+    with pytest.raises(ModelFormatError, match="caches of tensor"):
+        CudaModel(onnxruntime, encoder, decoder, cuda.manifest, "cpu")

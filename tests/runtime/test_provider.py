@@ -19,7 +19,7 @@ from ramekin import Engine, ModelFormatError, ProviderError
 from ramekin.cli import main
 from ramekin.cuda_model import RECORDED
 from ramekin.manifest import ENCODER, MANIFEST, Manifest
-from ramekin.provider import choose_provider, cuda_problem
+from ramekin.provider import ONE_AT_A_TIME, choose_provider, cuda_problem
 from ramekin.session import open_session
 from tests.runtime.conftest import CUDA_MODEL, RUNS_CUDA_GRAPHS, TINY_MODEL
 
@@ -102,6 +102,40 @@ def test_models_that_are_loaded_at_once_leave_stdout_alone(capsys: pytest.Captur
         assert second.result() == ""
     assert sys.stdout is before
     assert capsys.readouterr().out == "of this thread\n"
+
+
+@pytest.mark.usefixtures("driver")
+def test_the_gpu_itself_is_tried_once_its_libraries_are_loaded() -> None:
+    done: list[Any] = []
+
+    class Watched(Ort):
+        def _allocate(self, *arguments: object) -> None:
+            done.append(arguments)
+
+        def preload_dlls(self) -> None:
+            done.append("preloaded")
+
+    assert cuda_problem(Watched()) == ""
+    assert done == ["preloaded", ([1], 1, "cuda", 0)]
+
+
+@pytest.mark.usefixtures("driver")
+def test_the_gpu_is_not_tried_while_another_thread_asks_something_of_it() -> None:
+    """Which might be recording, and would be spoiled."""
+    began = threading.Semaphore(0)
+
+    class Watched(Ort):
+        def preload_dlls(self) -> None:
+            began.release()
+
+        def _allocate(self, *_: object) -> None:
+            assert ONE_AT_A_TIME._is_owned()  # type: ignore[attr-defined]
+
+    with ThreadPoolExecutor(1) as pool:
+        with ONE_AT_A_TIME:
+            problem = pool.submit(cuda_problem, Watched())
+            assert not began.acquire(timeout=0.2)
+        assert problem.result() == ""
 
 
 @pytest.mark.usefixtures("no_driver")
@@ -197,6 +231,28 @@ def test_settings_reach_the_provider() -> None:
     assert [each.enable_mem_pattern for each in given] == [True, False, True]
     found = [each.get_session_config_entry("session.disable_cpu_ep_fallback") for each in given[:2]]
     assert found == ["1", "1"]
+    assert {each.graph_optimization_level for each in given} == {onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC}
+    assert {each.log_severity_level for each in given} == {4}
+
+
+@pytest.mark.parametrize("host_has_threads", [False, True])
+def test_onnxruntime_is_not_let_fall_back(host_has_threads: bool) -> None:
+    calls: list[Any] = []
+
+    def opened(*_: object, **given: Any) -> Any:
+        calls.append(given)
+        if host_has_threads and len(calls) == 1:
+            raise RuntimeError("... use_per_session_threads ...")
+        return SimpleNamespace(get_providers=lambda: [CUDA, CPU], get_inputs=list, get_outputs=list)
+
+    ort = SimpleNamespace(
+        SessionOptions=onnxruntime.SessionOptions,
+        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
+        InferenceSession=opened,
+    )
+    files = frozenset(Manifest.load(CUDA_MODEL).files)
+    open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=True, settings={"device_id": "0"})
+    assert calls == [{"providers": [(CUDA, {"device_id": "0"})], "enable_fallback": 0}] * (1 + host_has_threads)
 
 
 @RUNS_CUDA_GRAPHS

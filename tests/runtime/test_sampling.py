@@ -299,3 +299,12 @@ def test_numpy_numbers_do_not_wrap_around(name: str, value: np.integer) -> None:
     assert given.candidates == plain.candidates
     assert type(getattr(given, name)) is int
     assert type(SamplingParams(temperature=np.float16(0.5)).temperature) is float
+
+
+def test_ties_that_a_banned_eos_hides() -> None:
+    """All tokens but eos are as likely: the ranking, from which eos is taken, does not hold them all."""
+    full = np.zeros((1, 300), np.float32)
+    full[0, 1] = 2
+    params = SamplingParams(top_p=1.0, min_new_tokens=3)
+    ids, _ = choose(whole(full, params.candidates), [[0]], [1], params, np.array([0.9999999]))
+    assert ids.item() == 299
