@@ -220,8 +220,13 @@ def test_one_operator_stands_for_every_attention(checkpoint: Callable[[str], Pat
     assert not any(node.op_type in ("Transpose", "Shape", "Concat", "Expand", "Range") for node in graph.node)
 
 
-def test_how_far_formats_may_be_from_float32() -> None:
+def test_what_formats_tell_of_themselves() -> None:
+    """To the manifest, and to the check of an export."""
     assert {name: each.most_divergence for name, each in FORMATS.items()} == {"fp32-cuda": 1e-6, "bf16": 0.02, "fp16": 0.002}
+    half = FORMATS["fp16"]
+    assert half.describe() == {"products": "float16", "stream": "float32"}
+    forms = [each.form for each in (half.inward, half.outward, half.gates, half.wo, half.head)]
+    assert forms == ["float16"] * 3 + ["float32"] * 2
 
 
 def test_half_precision_is_not_for_the_cpu(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

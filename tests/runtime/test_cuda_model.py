@@ -221,6 +221,21 @@ def test_numbers_that_are_none_stay_with_the_job(cuda: Engine, engine: Engine) -
     assert [each.token_ids for each in cuda.generate(PROMPTS[1], PARAMS)] == expected
 
 
+def test_numbers_that_are_none_in_a_row_that_has_left(cuda: Engine) -> None:
+    """It is computed on, and would leave them as well."""
+    model: Any = cuda.model
+    cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
+    model.step([0, 0], cache)
+    number = cache.memory.number
+    cache.keep([0])
+    value = cache.memory.values["past_value_0"]
+    value.update_inplace(np.stack([value.numpy()[0], np.full_like(value.numpy()[1], np.nan)]))
+    assert np.isfinite(model.step([0], cache).top_logprobs).all()
+    del cache
+    gc.collect()
+    assert model.new_cache(model.prefill([3, 1]), 2, 8, 4).memory.number != number
+
+
 def test_what_lies_in_the_hosts_memory(cuda: Engine) -> None:
     """Shapes are read by the host; bound there, onnxruntime has nothing to copy back and forth."""
     cache = cuda.model.new_cache(cuda.model.prefill([3, 1]), 2, 8, 4)

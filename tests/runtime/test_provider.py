@@ -235,6 +235,27 @@ def test_settings_reach_the_provider() -> None:
     assert {each.log_severity_level for each in given} == {4}
 
 
+def test_threads_rest_after_a_run_where_another_session_runs_next() -> None:
+    given: list[Any] = []
+
+    class Opened(onnxruntime.InferenceSession):  # type: ignore[misc]
+        def __init__(self, path: str, options: Any, **rest: Any) -> None:
+            given.append(options)
+            super().__init__(path, options, **rest)
+
+    ort = SimpleNamespace(
+        SessionOptions=onnxruntime.SessionOptions,
+        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
+        InferenceSession=Opened,
+    )
+    files = frozenset(Manifest.load(TINY_MODEL).files)
+    for rests in (True, False):
+        open_session(ort, TINY_MODEL / ENCODER, files, "cpu", 1, rests=rests)
+    assert given[0].get_session_config_entry("session.force_spinning_stop") == "1"
+    with pytest.raises(RuntimeError, match="force_spinning_stop"):  # there is none
+        given[1].get_session_config_entry("session.force_spinning_stop")
+
+
 @pytest.mark.parametrize("host_has_threads", [False, True])
 def test_onnxruntime_is_not_let_fall_back(host_has_threads: bool) -> None:
     calls: list[Any] = []

@@ -6,7 +6,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ramekin import Completion, Engine, ProviderError, RamekinError
+from ramekin.provider import ONE_AT_A_TIME
 from tests.runtime.conftest import CUDA_PARAMS as PARAMS
 from tests.runtime.conftest import RUNS_CUDA_GRAPHS, Failing
 
@@ -167,6 +168,17 @@ def test_recordings_have_a_number_for_each_size_of_job(cuda: Engine, monkeypatch
     assert model._decoder.ids == ["1", "-1", "2", "-1", "-1", "-1"]
     assert [cache.length for cache in caches] == [5, 5]
     assert model.new_cache(caches[0].cross, 2, 8, 4).recording == -1
+
+
+def test_two_jobs_never_get_one_number(cuda: Engine) -> None:
+    model: Any = cuda.model
+    model._records = True
+    cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
+    with ThreadPoolExecutor(1) as pool:
+        with ONE_AT_A_TIME:
+            number = pool.submit(model._recording, cache)
+            assert not wait([number], timeout=0.2).done
+        assert number.result() == cache.recording == 1
 
 
 # In the form of what nodes fail with: what matters stands behind hundreds of characters.
