@@ -280,7 +280,10 @@ class CudaModel:
                 running = self._own.submit(self._run_twice, run, needed)
             except RuntimeError as error:  # no more threads
                 raise failure(error, hint="") from error
-        return running.result()
+        try:
+            return running.result()
+        finally:
+            del running  # an error's traceback would keep it, it the error, and both the job's memory
 
     def _run_twice(self, run: Callable[[], Result], needed: int) -> Result:
         with ONE_AT_A_TIME:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -298,6 +299,26 @@ def test_the_device_is_one_threads_alone(cuda: Engine) -> None:
     for run in (in_a_thread, job, in_a_thread):
         asking, computing = run()
         assert computing == its_own != {asking}
+
+
+@pytest.mark.parametrize("in_own_thread", [False, True])
+def test_a_job_that_failed_gives_its_memory_back_at_once(in_own_thread: bool, cuda: Engine) -> None:
+    """Not when the collector comes: the next job needs it."""
+    model: Any = cuda.model
+    if in_own_thread:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(cuda.generate, [3, 1], PARAMS).result()
+    session = model._decoder
+    gc.collect()
+    gc.disable()
+    try:
+        model._decoder = Failing(session, OUT_OF_MEMORY, OUT_OF_MEMORY)
+        with contextlib.suppress(ProviderError):
+            cuda.generate([3, 1], PARAMS)
+        assert not model._decoder._texts
+        assert len([*model._pool._idle, *model._pool._returned]) == 2
+    finally:
+        gc.enable()
 
 
 def test_no_more_threads(cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
