@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from threading import Thread, current_thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,11 +19,11 @@ import numpy.typing as npt
 
 from ramekin.cache import Floats
 from ramekin.device_memory import BYTES, FLOATS, Plan, Pool, device_errors
+from ramekin.device_thread import DeviceThread, one_at_a_time
 from ramekin.errors import ModelFormatError, ProviderError, RamekinError
 from ramekin.manifest import DECODER, ENCODER, Manifest
 from ramekin.model import Logits, Shapes, check_tensors
-from ramekin.provider import ONE_AT_A_TIME
-from ramekin.session import failure, onnxruntime, open_session
+from ramekin.session import onnxruntime, open_session
 from ramekin.tensors import (
     DISTANCES,
     INPUT_IDS,
@@ -93,13 +92,7 @@ class CudaCache:
 
 
 class CudaModel:
-    """An encoder and a decoder graph of the layout "cuda" that agree with a manifest.
-
-    The thread that asks first computes in itself. Once another one asks, a thread of the model's own computes for all:
-    onnxruntime keeps recordings for the thread that made them as long as the session lives (its
-    `CUDAExecutionProvider::PerThreadContext`), so that a service with a thread for each request would record each size in
-    each. Not from the beginning, since handing over takes some 0.1 ms of each step.
-    """
+    """An encoder and a decoder graph of the layout "cuda" that agree with a manifest. One thread at a time computes."""
 
     compact = False
 
@@ -118,8 +111,7 @@ class CudaModel:
         self.prompts_at_once = _TOGETHER if device == "cuda" else 1
         self._ort, self._encoder, self._decoder, self._device = ort, encoder, decoder, device
         self._pool, self._records = Pool(ort, device), records and device == "cuda"
-        self._first: Thread | None = None
-        self._own: ThreadPoolExecutor | None = None
+        self._thread = DeviceThread(device)
         self._recordings: dict[tuple[int, int], int] = {}
         layers, inner = dims.decoder_layers, dims.inner
         prompt: Shapes = {SOURCE_LENGTHS: (None,)}
@@ -150,7 +142,7 @@ class CudaModel:
         settings = _settings(manifest)
         open_decoder = partial(open_session, ort, folder / DECODER, files, provider, threads, rests=False)
         problem = None
-        with ONE_AT_A_TIME:
+        with one_at_a_time() if provider == "cuda" else nullcontext():
             encoder = open_session(ort, folder / ENCODER, files, provider, threads, rests=True, settings=settings)
             try:
                 decoder = open_decoder(settings={**settings, **RECORDED})
@@ -229,7 +221,7 @@ class CudaModel:
         self._decoder.run_with_iobinding(binding, options)
         top_values, top_ids, logprobs = (values[name].numpy() for name in (TOP_VALUES, TOP_IDS, TOP_LOGPROBS))
         if np.isnan(logprobs).any():  # the next job would find NaN in the caches, and masked NaN is NaN
-            self._pool.give_up(cache.memory)
+            self._pool.spoil(cache.memory)
         fetch = partial(self._fetch, cache, active)
         return Logits(top_values[active], top_ids[active], self.dims.vocab_size, fetch, logprobs[active])
 
@@ -260,7 +252,7 @@ class CudaModel:
     def _recording(self, cache: CudaCache) -> int:
         """The number of the recording for these addresses; -1 for none. A session keeps its recordings, so they are few."""
         key = cache.cross.memory.number, cache.memory.number
-        with ONE_AT_A_TIME:
+        with self._thread.alone():
             if not self._records:
                 return -1
             if key in self._recordings or len(self._recordings) < _MOST_RECORDED:
@@ -271,29 +263,16 @@ class CudaModel:
 
     def _twice(self, run: Callable[[], Result], needed: int) -> Result:
         """Run something on the device; once more without idle memory, if there was too little."""
-        with ONE_AT_A_TIME:
-            self._first = self._first or current_thread()
-            if self._first is current_thread() and not self._own:
-                return self._run_twice(run, needed)
-            try:
-                self._own = self._own or ThreadPoolExecutor(1, "ramekin-cuda")
-                running = self._own.submit(self._run_twice, run, needed)
-            except RuntimeError as error:  # no more threads
-                raise failure(error, hint="") from error
-        try:
-            return running.result()
-        finally:
-            del running  # an error's traceback would keep it, it the error, and both the job's memory
+        return self._thread.run(partial(self._run_twice, run, needed))
 
     def _run_twice(self, run: Callable[[], Result], needed: int) -> Result:
-        with ONE_AT_A_TIME:
-            try:
-                with device_errors(self._device, needed):
-                    return run()
-            except ProviderError:
-                self._pool.give_up_idle()
-                with device_errors(self._device, needed):
-                    return run()
+        try:
+            with device_errors(self._device, needed):
+                return run()
+        except ProviderError:
+            self._pool.give_up_idle()
+            with device_errors(self._device, needed):
+                return run()
 
 
 def _settings(manifest: Manifest) -> dict[str, str]:

@@ -99,11 +99,14 @@ class Pool:
             self._sort_in()
             fitting = [place for place, (kept, _) in enumerate(self._idle) if kept == plan]
             memory = self._idle.pop(fitting[-1])[1] if fitting else self._make(plan)
+            if memory.number in self._spoiled:
+                self._clear(plan, memory.values)
+                self._spoiled.remove(memory.number)
         weakref.finalize(borrower, self._take_back, plan, memory).atexit = False
         return memory
 
-    def give_up(self, memory: Memory) -> None:
-        """Never lend this memory again."""
+    def spoil(self, memory: Memory) -> None:
+        """Clear this memory before it is lent again."""
         self._spoiled.add(memory.number)
 
     def give_up_idle(self) -> None:
@@ -123,9 +126,7 @@ class Pool:
     def _sort_in(self) -> None:
         """Keep what came back for the next job, but not too much; a prompt's and its samples' in any case."""
         while self._returned:
-            plan, memory = self._returned.popleft()
-            if memory.number not in self._spoiled:
-                self._idle.append((plan, memory))
+            self._idle.append(self._returned.popleft())
         while len(self._idle) > 2 and sum(plan.bytes for plan, _ in self._idle) > _MOST_IDLE:
             del self._idle[0]
 
@@ -133,14 +134,19 @@ class Pool:
         make = self._ort.OrtValue.ortvalue_from_shape_and_type
         with device_errors(self._device, plan.bytes):
             values = {name: make(list(shape), kind, self._device, 0) for name, shape, kind in plan.tensors}
+        self._clear(plan, values)
+        self._made += 1
+        return Memory(values, self._made)
+
+    def _clear(self, plan: Plan, values: Mapping[str, Any]) -> None:
+        """Write zeros into caches: attention multiplies what it masks by 0, and fresh memory may hold NaN."""
+        with device_errors(self._device, plan.bytes):
             caches = [each for each in plan.tensors if each[0].startswith(("past_key", "past_value"))]
-            if caches:  # attention multiplies what it masks by 0, and fresh memory may hold NaN
+            if caches:
                 _, shape, kind = caches[0]
                 zeros = np.zeros(shape, np.float32 if kind == FLOAT32 else np.float16)  # for all, since it may be large
                 for name, _, _ in caches:
                     values[name].update_inplace(zeros)
-        self._made += 1
-        return Memory(values, self._made)
 
 
 @contextmanager

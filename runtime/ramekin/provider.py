@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
+from ramekin.device_thread import one_at_a_time
 from ramekin.errors import ProviderError, one_line
 from ramekin.manifest import PROVIDERS
 
 AUTO = "auto"
-ONE_AT_A_TIME = threading.RLock()
-"""Held by whoever asks anything of CUDA: while a thread records a CUDA graph, an allocation in another fails and spoils it
-(onnxruntime records with `cudaStreamCaptureModeGlobal`)."""
 _DRIVER = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
 
 
@@ -76,7 +73,7 @@ def cuda_problem(ort: Any) -> str:
         ctypes.CDLL(_DRIVER)
     except OSError:
         return f"there is no NVIDIA driver on this machine ({_DRIVER} cannot be loaded)"
-    with ONE_AT_A_TIME:
+    with one_at_a_time():
         told = _preload(ort)
         if "Please follow" in told:  # a library is missing; onnxruntime would now log what it has just said
             return f"CUDA does not work here ({one_line(told)}); libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +15,10 @@ import pytest
 from ramekin import Completion, Engine, ModelFormatError, ProviderError, RamekinError
 from ramekin.cuda_model import RECORDED, CudaModel
 from ramekin.device_memory import Plan
+from ramekin.device_thread import one_at_a_time
 from ramekin.manifest import DECODER, ENCODER, Manifest
-from ramekin.provider import ONE_AT_A_TIME
 from ramekin.session import open_session
-from ramekin.tensors import LOGITS, TOP_K, UNFOLDED
+from ramekin.tensors import TOP_K, UNFOLDED, past_names
 from tests.runtime.conftest import CUDA_MODEL, OUT_OF_MEMORY, RUNS_CUDA_GRAPHS, Failing
 from tests.runtime.conftest import CUDA_PARAMS as PARAMS
 
@@ -223,7 +220,7 @@ def test_numbers_that_are_none_stay_with_the_job(cuda: Engine, engine: Engine) -
 
 
 def test_numbers_that_are_none_in_a_row_that_has_left(cuda: Engine) -> None:
-    """It is computed on, and would leave them as well."""
+    """It is computed on, and would leave them as well. Memory that is cleared keeps its place, and its recording."""
     model: Any = cuda.model
     cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
     model.step([0, 0], cache)
@@ -234,102 +231,29 @@ def test_numbers_that_are_none_in_a_row_that_has_left(cuda: Engine) -> None:
     assert np.isfinite(model.step([0], cache).top_logprobs).all()
     del cache
     gc.collect()
-    assert model.new_cache(model.prefill([3, 1]), 2, 8, 4).memory.number != number
+    memory = model.new_cache(model.prefill([3, 1]), 2, 8, 4).memory
+    assert memory.number == number
+    assert not any(memory.values[name].numpy().any() for name in past_names(model.dims.decoder_layers))
 
 
 def test_what_lies_in_the_hosts_memory(cuda: Engine) -> None:
     """Shapes are read by the host; bound there, onnxruntime has nothing to copy back and forth."""
-    cache = cuda.model.new_cache(cuda.model.prefill([3, 1]), 2, 8, 4)
-    cuda.model.step([0, 0], cache)
+    model: Any = cuda.model
+    made: list[tuple[list[int], tuple[object, ...]]] = []
+
+    class Value:
+        @staticmethod
+        def ortvalue_from_numpy(array: np.ndarray, *where: object) -> Any:
+            made.append((array.tolist(), where))
+            return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+    model._ort = SimpleNamespace(OrtValue=Value, RunOptions=onnxruntime.RunOptions)
+    cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
+    model._device = "cuda"
+    model.step([0, 0], cache)
+    assert made == [([1, -1, model.dims.inner], ()), ([4], ())]
     _, _, (kept, host) = cache.binding
-    assert all(value.device_name() == "cpu" for value in kept.values())
-    assert host[TOP_K].tolist() == [4]
-    assert kept.keys() == host.keys() == {UNFOLDED, TOP_K}
-
-
-def test_the_device_is_one_threads_alone(cuda: Engine) -> None:
-    """Onnxruntime keeps recordings for threads, and no other engine's thread may come between."""
-    model: Any = cuda.model
-    threads: list[threading.Thread] = []
-
-    def watch() -> None:
-        threads.append(threading.current_thread())
-        taken: list[bool] = []
-        other = threading.Thread(target=lambda: taken.append(ONE_AT_A_TIME.acquire(blocking=False)))
-        other.start()
-        other.join()
-        assert taken == [False]
-
-    class Watched(Failing):
-        def run_with_iobinding(self, binding: Any, options: Any = None) -> None:
-            watch()
-            super().run_with_iobinding(binding, options)
-
-    model._encoder, model._decoder = Watched(model._encoder, OUT_OF_MEMORY), Watched(model._decoder, OUT_OF_MEMORY)
-    make = model._pool._make
-
-    def made(plan: Any) -> Any:
-        watch()
-        return make(plan)
-
-    model._pool._make = made
-
-    def job() -> tuple[threading.Thread, set[threading.Thread]]:
-        """Who asked, and who computed."""
-        threads.clear()
-        cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
-        logits = model.step([0, 0], cache)
-        cache.recording, model._decoder._texts = 1, ["Graph capture failed"]
-        model.step([0, 0], cache)
-        value = cache.memory.values[LOGITS]
-        cache.memory.values[LOGITS] = SimpleNamespace(numpy=lambda: (watch(), value.numpy())[1])
-        assert len(logits.full) == 2
-        cache.memory.values[LOGITS] = value
-        assert len(threads) >= 5
-        return threading.current_thread(), set(threads)
-
-    def in_a_thread() -> tuple[threading.Thread, set[threading.Thread]]:
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(job).result()
-
-    for _ in range(2):
-        asking, computing = job()
-        assert computing == {asking}
-    _, its_own = in_a_thread()
-    for run in (in_a_thread, job, in_a_thread):
-        asking, computing = run()
-        assert computing == its_own != {asking}
-
-
-@pytest.mark.parametrize("in_own_thread", [False, True])
-def test_a_job_that_failed_gives_its_memory_back_at_once(in_own_thread: bool, cuda: Engine) -> None:
-    """Not when the collector comes: the next job needs it."""
-    model: Any = cuda.model
-    if in_own_thread:
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(cuda.generate, [3, 1], PARAMS).result()
-    session = model._decoder
-    gc.collect()
-    gc.disable()
-    try:
-        model._decoder = Failing(session, OUT_OF_MEMORY, OUT_OF_MEMORY)
-        with contextlib.suppress(ProviderError):
-            cuda.generate([3, 1], PARAMS)
-        assert not model._decoder._texts
-        assert len([*model._pool._idle, *model._pool._returned]) == 2
-    finally:
-        gc.enable()
-
-
-def test_no_more_threads(cuda: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def starts(_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(cuda.generate, [3, 1], PARAMS).result()
-    monkeypatch.setattr(threading.Thread, "start", starts)
-    with pytest.raises(RamekinError, match=r"no more threads.*ulimit -u"):
-        cuda.generate([3, 1], PARAMS)
+    assert kept.keys() == host.keys() == {UNFOLDED, TOP_K}  # the arrays are kept as long as what points at them
 
 
 class Opened:
@@ -345,7 +269,7 @@ class Opened:
         self, ort: Any, path: Path, files: Any, provider: str, threads: int, rests: bool, settings: dict[str, str]
     ) -> Any:
         self.asked.append((path.name, provider, threads, rests, settings))
-        assert ONE_AT_A_TIME._is_owned()  # type: ignore[attr-defined]
+        assert one_at_a_time()._is_owned()
         if self._failure and "enable_cuda_graph" in settings:
             raise ModelFormatError(f"{path}: onnxruntime cannot load this graph") from RuntimeError(self._failure)
         return open_session(ort, path, files, "cpu", threads, rests=rests)
@@ -358,7 +282,8 @@ def test_how_sessions_are_opened(precision: str, tf32: str, monkeypatch: pytest.
     plain = {"device_id": "0", "use_tf32": tf32, "arena_extend_strategy": "kSameAsRequested"}
     assert opened.asked == [(ENCODER, "cuda", 1, True, plain), (DECODER, "cuda", 1, False, {**plain, **RECORDED})]
     model = opened.model
-    assert (model._device, model._pool._device, model._records, model.prompts_at_once) == ("cuda", "cuda", True, 16)
+    assert (model._records, model.prompts_at_once) == (True, 16)
+    assert {model._device, model._pool._device, model._thread._device} == {"cuda"}
 
 
 def test_a_session_that_cannot_record(monkeypatch: pytest.MonkeyPatch) -> None:

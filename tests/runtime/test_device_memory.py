@@ -159,9 +159,18 @@ def test_memory_that_came_back_meanwhile(give_up: bool, number: int) -> None:
     assert pool.lend(of_width(1), Borrower()).number == number
 
 
-def test_spoiled_memory_is_not_lent_again() -> None:
-    pool, borrower = Pool(onnxruntime, "cpu"), Borrower()
-    pool.give_up(pool.lend(of_width(1), borrower))
-    del borrower
-    assert pool.lend(of_width(1), Borrower()).number == 2
-    assert pool.lend(of_width(1), Borrower()).number == 2  # the new one is
+def test_spoiled_memory_is_cleared_once() -> None:
+    """In its place, with its number, so that what was recorded holds."""
+    pool, plan = Pool(onnxruntime, "cpu"), Plan((("past_key_0", (1, 8, 4), 1),))
+    for spoils, left in ((True, 0), (False, 5), (True, 0)):
+        borrower = Borrower()
+        memory = pool.lend(plan, borrower)
+        memory.values["past_key_0"].update_inplace(np.full((1, 8, 4), 5, np.float32))
+        if spoils:
+            pool.spoil(memory)
+        del borrower
+        borrower = Borrower()
+        again = pool.lend(plan, borrower)
+        assert again.number == 1
+        assert (again.values["past_key_0"].numpy() == left).all()
+        del borrower

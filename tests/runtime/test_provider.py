@@ -18,8 +18,9 @@ import pytest
 from ramekin import Engine, ModelFormatError, ProviderError
 from ramekin.cli import main
 from ramekin.cuda_model import RECORDED
+from ramekin.device_thread import one_at_a_time
 from ramekin.manifest import ENCODER, MANIFEST, Manifest
-from ramekin.provider import ONE_AT_A_TIME, choose_provider, cuda_problem
+from ramekin.provider import choose_provider, cuda_problem
 from ramekin.session import open_session
 from tests.runtime.conftest import CUDA_MODEL, RUNS_CUDA_GRAPHS, TINY_MODEL
 
@@ -129,10 +130,10 @@ def test_the_gpu_is_not_tried_while_another_thread_asks_something_of_it() -> Non
             began.release()
 
         def _allocate(self, *_: object) -> None:
-            assert ONE_AT_A_TIME._is_owned()  # type: ignore[attr-defined]
+            assert one_at_a_time()._is_owned()
 
     with ThreadPoolExecutor(1) as pool:
-        with ONE_AT_A_TIME:
+        with one_at_a_time():
             problem = pool.submit(cuda_problem, Watched())
             assert not began.acquire(timeout=0.2)
         assert problem.result() == ""

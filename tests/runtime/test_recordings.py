@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ramekin import Completion, Engine, ProviderError, RamekinError
-from ramekin.provider import ONE_AT_A_TIME
+from ramekin.device_thread import DeviceThread
 from tests.runtime.conftest import CUDA_PARAMS as PARAMS
 from tests.runtime.conftest import RUNS_CUDA_GRAPHS, Failing
 
@@ -46,7 +46,7 @@ class Replaying:
 @pytest.fixture
 def gpu(cuda: Engine) -> Iterator[Engine]:
     model: Any = cuda.model
-    model._decoder, model._records = Replaying(model._decoder), True
+    model._decoder, model._records, model._thread = Replaying(model._decoder), True, DeviceThread("cuda")
     yield cuda
     assert model._decoder.replayed > len(model._decoder.recorded)  # else nothing was shown
 
@@ -175,7 +175,7 @@ def test_two_jobs_never_get_one_number(cuda: Engine) -> None:
     model._records = True
     cache = model.new_cache(model.prefill([3, 1]), 2, 8, 4)
     with ThreadPoolExecutor(1) as pool:
-        with ONE_AT_A_TIME:
+        with model._thread.alone():
             number = pool.submit(model._recording, cache)
             assert not wait([number], timeout=0.2).done
         assert number.result() == cache.recording == 1
