@@ -1,4 +1,4 @@
-"""Which thread asks a device for something: one at a time, and on a GPU for each model always the same."""
+"""Which thread asks a device for something: one at a time, and on a GPU no new one for each job."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +50,15 @@ class Ort:
     @staticmethod
     def get_available_providers() -> list[str]:
         return [CUDA, CPU]
+
+
+def opening_with(opened: Callable[..., Any]) -> SimpleNamespace:
+    """An onnxruntime that opens sessions so."""
+    return SimpleNamespace(
+        SessionOptions=onnxruntime.SessionOptions,
+        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
+        InferenceSession=opened,
+    )
 
 
 @pytest.fixture
@@ -200,11 +210,7 @@ def test_a_silent_fall_to_the_cpu_is_an_error() -> None:
     def opened(*_: object, **__: object) -> Any:
         return SimpleNamespace(get_providers=lambda: [CPU], get_inputs=list, get_outputs=list)
 
-    ort = SimpleNamespace(
-        SessionOptions=onnxruntime.SessionOptions,
-        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
-        InferenceSession=opened,
-    )
+    ort = opening_with(opened)
     files = frozenset(Manifest.load(CUDA_MODEL).files)
     with pytest.raises(ProviderError, match="fell back to CPUExecutionProvider instead of cuda"):
         open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=True)
@@ -220,11 +226,7 @@ def test_settings_reach_the_provider() -> None:
         given.append(options)
         return SimpleNamespace(get_providers=lambda: [CUDA, CPU], get_inputs=list, get_outputs=list)
 
-    ort = SimpleNamespace(
-        SessionOptions=onnxruntime.SessionOptions,
-        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
-        InferenceSession=opened,
-    )
+    ort = opening_with(opened)
     files = frozenset(Manifest.load(CUDA_MODEL).files)
     for provider, settings in (("cuda", {"device_id": "0"}), ("cuda", RECORDED), ("cpu", RECORDED)):
         open_session(ort, CUDA_MODEL / ENCODER, files, provider, 1, rests=False, settings=settings)
@@ -244,11 +246,7 @@ def test_threads_rest_after_a_run_where_another_session_runs_next() -> None:
             given.append(options)
             super().__init__(path, options, **rest)
 
-    ort = SimpleNamespace(
-        SessionOptions=onnxruntime.SessionOptions,
-        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
-        InferenceSession=Opened,
-    )
+    ort = opening_with(Opened)
     files = frozenset(Manifest.load(TINY_MODEL).files)
     for rests in (True, False):
         open_session(ort, TINY_MODEL / ENCODER, files, "cpu", 1, rests=rests)
@@ -267,11 +265,7 @@ def test_onnxruntime_is_not_let_fall_back(host_has_threads: bool) -> None:
             raise RuntimeError("... use_per_session_threads ...")
         return SimpleNamespace(get_providers=lambda: [CUDA, CPU], get_inputs=list, get_outputs=list)
 
-    ort = SimpleNamespace(
-        SessionOptions=onnxruntime.SessionOptions,
-        GraphOptimizationLevel=onnxruntime.GraphOptimizationLevel,
-        InferenceSession=opened,
-    )
+    ort = opening_with(opened)
     files = frozenset(Manifest.load(CUDA_MODEL).files)
     open_session(ort, CUDA_MODEL / ENCODER, files, "cuda", 1, rests=True, settings={"device_id": "0"})
     assert calls == [{"providers": [(CUDA, {"device_id": "0"})], "enable_fallback": 0}] * (1 + host_has_threads)
