@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from benchmarks.random_checkpoint import SHAPES, config_of, write_checkpoint
 from ramekin import Engine, SamplingParams
 from ramekin.bench import Job, Timing
 from ramekin.bench import run as run_ours
-from ramekin.manifest import DECODER, MOST_SOURCE_TOKENS, PROVIDERS, Manifest
+from ramekin.manifest import DECODER, MOST_SOURCE_TOKENS, PROVIDERS, Manifest, VersionRange
+from ramekin.provider import cuda_problem
 from ramekin.session import onnxruntime
 from ramekin_export.fidelity import compare_rows
 from ramekin_export.pipeline import export
@@ -252,12 +253,23 @@ def _export(checkpoint: Path, folder: Path) -> float:
     return time.perf_counter() - began
 
 
-def _device(provider: str) -> str:
-    if provider == "cpu":
-        return "CPU"
+def _missing(provider: str, names: Sequence[str]) -> str:
+    """Why nothing can be measured there, or an empty text."""
+    problem = cuda_problem(onnxruntime(VersionRange())) if provider == "cuda" else ""
+    if problem:
+        return f"{problem} (`--provider cpu` tries the script without a GPU)"
+    absent = [name for name in names if not any(distributions(name=name))]
+    if absent:
+        return f"not installed: {', '.join(absent)}; `--help` tells what to install"
     import torch
 
-    return str(torch.cuda.get_device_name())
+    return "" if provider == "cpu" or torch.cuda.is_available() else "the torch installed here does not see a GPU"
+
+
+def _device(provider: str) -> str:
+    import torch
+
+    return "CPU" if provider == "cpu" else str(torch.cuda.get_device_name())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -275,6 +287,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = (
         ("onnxruntime-gpu", "torch", "transformers", "bitsandbytes") if a.provider == "cuda" else ("torch", "transformers")
     )
+    missing = _missing(a.provider, names) if a.tokenizer.is_file() else f"there is no file {a.tokenizer}"
+    if missing:
+        parser.error(missing)
     job = Job(JOB.n, a.source, a.tokens)
     result: dict[str, Any] = {"shape": a.shape, "device": _device(a.provider), "versions": {n: version(n) for n in names}}
     result["job"] = asdict(job)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,38 @@ def test_the_page_tells_the_results() -> None:
     assert (ROOT / "docs/speed-gpu.md").read_text() == page(result)
     result["times"]["times as fast"]["transformers fp4"] = 3.21
     assert "| 16 samples, next to bitsandbytes fp4 | 10 x | 3.2 x |" in page(result)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "problem", "absent", "told"),
+    [
+        ("no.model", "", "", "there is no file .*no.model"),
+        ("spiece.model", "there is no NVIDIA driver", "", r"there is no NVIDIA driver \(`--provider cpu` tries"),
+        ("spiece.model", "", "onnxruntime-gpu", "not installed: onnxruntime-gpu; `--help` tells"),
+        ("spiece.model", "", "none", "the torch installed here does not see a GPU"),
+    ],
+)
+def test_what_it_needs_is_told_in_one_line(
+    tokenizer: str,
+    problem: str,
+    absent: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    torch = pytest.importorskip("torch")
+    from benchmarks import cuda
+
+    monkeypatch.setattr(cuda, "cuda_problem", lambda _: problem)
+    monkeypatch.setattr(cuda, "distributions", lambda name: [] if name == absent else [name])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit) as ended:
+        cuda.main(["--tokenizer", str(TINY_MODEL / tokenizer), "--out", str(out)])
+    assert ended.value.code == 2
+    assert re.search(f"error: {told}", capsys.readouterr().err)
+    assert not out.exists()
 
 
 @RUNS_CUDA_GRAPHS
